@@ -1,0 +1,75 @@
+"""InternVL: InternViT tower with class token, pixel shuffle, one tile a frame."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from mmaccel.adapters.base import VideoLM, raster, square
+from mmaccel.core.prefill import Encoded, GridLayout, ItemLayout
+
+# frames are announced by a short text ("Frame3: "), whose length changes with the digits of the number
+_FRAME_GAP, _GAP_SPREAD, _MIN_FRAMES = 32, 2, 3
+
+
+class InternVL(VideoLM):
+    """InternVL.
+
+    The model is handed tiles and does not say which are the frames of a video. Three or more single-tile runs that
+    are separated by short texts of the same length are taken for one (inferred); other runs are images, each tile a
+    grid of its own.
+    """
+
+    family = "internvl"
+    model_types = ("internvl",)
+    encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}
+    vision_layers: ClassVar[str] = "encoder.layer"
+    vision_attention: ClassVar[str] = "attention"
+
+    @property
+    def has_class_token(self) -> bool:
+        """InternViT has one; the select strategy "default" cuts it off."""
+        return getattr(self.config, "vision_feature_select_strategy", "default") == "default"
+
+    def layout(self, encoded: Encoded, where: torch.Tensor) -> list[ItemLayout]:
+        """Items are read off the runs of placeholders in the prompt."""
+        tiles, per_tile = encoded.output.pooler_output.shape[:2]
+        side = square(per_tile)
+        repeats = max(1, int(where.sum()) // max(1, tiles * per_tile))
+        items: list[ItemLayout] = []
+        for row in where[::repeats]:
+            items += _row_items(row, per_tile, side)
+        return items
+
+    def token_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
+        """Mean over the patches that pixel shuffle joins."""
+        scores = self.raw_scores(encoded, kind)
+        root: Any = self.root
+        grid = scores.view(len(scores), *square(scores.shape[1]), 1)
+        return root.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio).mean(-1).flatten()
+
+
+def _row_items(row: torch.Tensor, per_tile: int, side: tuple[int, int]) -> list[ItemLayout]:
+    edges = torch.diff(row.int(), prepend=row.new_zeros(1).int(), append=row.new_zeros(1).int())
+    starts, stops = (edges == 1).nonzero().squeeze(1).tolist(), (edges == -1).nonzero().squeeze(1).tolist()
+    items: list[ItemLayout] = []
+    position = 0
+    while position < len(starts):
+        end = position + 1
+        gaps: list[int] = []
+        while end < len(starts) and stops[end - 1] - starts[end - 1] == per_tile == stops[end] - starts[end]:
+            gap = starts[end] - stops[end - 1]
+            if gap > _FRAME_GAP or (gaps and abs(gap - gaps[0]) > _GAP_SPREAD):
+                break
+            gaps.append(gap)
+            end += 1
+        frames = end - position
+        if frames >= _MIN_FRAMES:
+            items.append(ItemLayout("video", frames * per_tile, (raster(frames, *side),)))
+        else:
+            for start, stop in zip(starts[position:end], stops[position:end], strict=True):
+                grids = [raster(1, *side, start=first) for first in range(0, stop - start, per_tile)]
+                items.append(ItemLayout("image", stop - start, tuple[GridLayout, ...](grids)))
+        position = end
+    return items

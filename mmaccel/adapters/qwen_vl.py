@@ -1,0 +1,79 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: native resolution, packed patches, 2 x 2 merger, M-RoPE."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from mmaccel.adapters.base import VideoLM, raster
+from mmaccel.core.prefill import Encoded, ItemLayout
+
+
+class Qwen2VL(VideoLM):
+    """Qwen2-VL."""
+
+    family = "qwen2-vl"
+    model_types = ("qwen2_vl",)
+    vision: ClassVar[str] = "visual"
+    vision_layers: ClassVar[str] = "blocks"
+    vision_attention: ClassVar[str] = "attn"
+    projector: ClassVar[str] = "visual.merger"
+
+    def grids(self, encoded: Encoded) -> torch.Tensor:
+        """int64 [items, 3]: patches of each item along time, height and width."""
+        return encoded.arguments[f"{encoded.modality}_grid_thw"]
+
+    def layout(self, encoded: Encoded, where: torch.Tensor) -> list[ItemLayout]:  # noqa: ARG002
+        """One grid an item, in merged tokens; time stamps between the frames of Qwen3-VL are text."""
+        merge = self.config.vision_config.spatial_merge_size
+        items = []
+        for t, h, w in self.grids(encoded).tolist():
+            grid = raster(t, h // merge, w // merge)
+            items.append(ItemLayout(encoded.modality, grid.offsets.numel(), (grid,)))
+        return items
+
+    def score_layer(self) -> int:
+        """The last block: its output goes to the merger."""
+        return len(self.vision_blocks()) - 1
+
+    def token_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
+        """Mean over the patches that the merger joins; attention runs frame by frame, so every frame sums to one."""
+        unit = self.config.vision_config.spatial_merge_size**2
+        flat = torch.cat([part.flatten() for part in encoded.scores[kind]])
+        return self.in_order(encoded, flat.view(-1, unit).mean(1))
+
+    def in_order(self, encoded: Encoded, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """From the order of the blocks to the order of the features."""
+        return scores
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL: most blocks attend inside windows, so scores are read at the last block that sees the whole frame."""
+
+    family = "qwen2.5-vl"
+    model_types = ("qwen2_5_vl",)
+
+    def score_layer(self) -> int:
+        """The last full-attention block."""
+        return max(self.config.vision_config.fullatt_block_indexes)
+
+    def in_order(self, encoded: Encoded, scores: torch.Tensor) -> torch.Tensor:
+        """The blocks work in window order."""
+        from transformers.vision_utils import get_vision_window_index
+
+        vision: Any = self.config.vision_config
+        order, _ = get_vision_window_index(
+            self.grids(encoded),
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return scores[torch.argsort(order.to(scores.device))]
+
+
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL: features of inner vision layers are added in the first decoder layers (deep stack)."""
+
+    family = "qwen3-vl"
+    model_types = ("qwen3_vl",)

@@ -1,0 +1,26 @@
+"""Video in and out: exact sampled frames from any file that FFmpeg reads, and a small writer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmaccel.codecs.reader import Video as Video
+    from mmaccel.codecs.reader import VideoWarning as VideoWarning
+    from mmaccel.codecs.reader import load_video as load_video
+    from mmaccel.codecs.writer import write_video as write_video
+
+_HOMES = {"Video": "reader", "VideoWarning": "reader", "load_video": "reader", "write_video": "writer"}
+
+__all__ = ["Video", "VideoWarning", "load_video", "write_video"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

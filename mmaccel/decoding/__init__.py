@@ -1,0 +1,1 @@
+"""Methods that guess tokens and verify them, one file each."""

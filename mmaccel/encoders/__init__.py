@@ -1,0 +1,1 @@
+"""Methods that work in or right behind a vision or audio encoder, one file each."""

@@ -1,0 +1,45 @@
+"""EVS: of each video keep the first frame, and of the others what differs most from the frame before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from mmaccel.method import Info, Stage
+from mmaccel.reducer import BEFORE_LLM, GridReducer
+from mmaccel.tokens import select, signals
+from mmaccel.tokens.place import Reduction
+
+if TYPE_CHECKING:
+    from mmaccel.core.prefill import VisualTokens
+
+
+@dataclass(frozen=True)
+class EVS(GridReducer):
+    """Efficient Video Sampling (2025), as vLLM and SGLang serve it. Images pass unchanged.
+
+    Sentence: 1 - cosine to the same position one frame earlier -> whole video -> top-k -> drop -> place. The number
+    kept, max(tokens per frame, keep * tokens), depends on shapes alone; so keep has a floor of one frame, and the
+    report shows what was reached. Differences are compared in steps of 2^-12, ties go to the earlier token, so that a
+    still video does not depend on rounding noise.
+    """
+
+    info: ClassVar[Info] = Info(
+        name="evs", verb="drop", stage=Stage.BEFORE_LLM, summary="drops tokens that repeat the frame before",
+        source="Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", year=2025,
+        targets=("video-lm",), slots=(BEFORE_LLM,), licence="Apache-2.0 (vLLM)",
+    )  # fmt: skip
+
+    def reduce(self, tokens: VisualTokens) -> Reduction | None:
+        """Drop what is most like the frame before."""
+        if tokens.kind != "video":
+            return None
+        T, S = tokens.frames()
+        n = len(tokens)
+        budget = max(S, int(T * S * self.keep) if isinstance(self.keep, float) else self.budget(n))
+        similarity = signals.cosine_to_previous_frame(tokens.features.view(1, T, S, -1))[0]
+        difference = torch.full((T, S), torch.inf, device=similarity.device)
+        difference[1:] = torch.round((1 - similarity) * 4096)
+        return Reduction(select.top_k(difference.view(1, n), min(n, budget))[0])

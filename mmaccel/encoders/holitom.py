@@ -1,0 +1,242 @@
+"""HoliTom: merge what stays the same over time, then select in space, then merge once more inside the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from mmaccel.errors import MethodError
+from mmaccel.method import Info, Stage, Touch, knob
+from mmaccel.reducer import BEFORE_LLM, INSIDE_LLM, GridReducer
+from mmaccel.tokens import reduce, select, signals
+from mmaccel.tokens.place import Mix, Reduction
+
+if TYPE_CHECKING:
+    from mmaccel.core.prefill import VisualTokens
+    from mmaccel.install import Installer
+    from mmaccel.targets import Target
+
+_INNER_DEPTH = 0.64  # the paper's layer 18 of 28
+
+
+@dataclass(frozen=True)
+class HoliTom(GridReducer):
+    """HoliTom: Holistic Token Merging for Fast Video Large Language Models (2025).
+
+    Sentence, outer part: cosine to the same position in the next frame -> segments by dynamic programming -> tokens
+    that stay alike through a segment are merged over time, the others selected by attention received in the last used
+    vision layer -> place. Inner part: attention of the last prompt token one layer before `inner_layer` -> all visual
+    tokens -> top-k -> every dropped token is merged into the kept one most like it.
+
+    The number kept differs from keep * tokens by at most frames + segments / 2 (rounding); if the temporal merge alone
+    saves more than was asked for, it is what that leaves. With the default `inner_keep` half of these reach the layers
+    behind `inner_layer`. Differs from the authors' code: ties in the density clustering go to the earlier token where
+    theirs adds noise, the ratio of each video is its own, and the inner merge is one mean where theirs halves token by
+    token (so the result depends on no order). Images have one frame, so only the selection in space is left of it.
+    """
+
+    tau: float = knob(
+        0.8, "cosine above which a position counts as unchanged; the paper takes 0.65 at keep 0.10", low=-1.0, high=1.0
+    )
+    beta: float = knob(0.6, "weight of a cluster's centre against the mean of its members", low=0.0, high=1.0)
+    contextual: float = knob(0.0, "share of the dynamic tokens' budget spent on clustered context", low=0.0, high=1.0)
+    inner_keep: float = knob(
+        0.5, "fraction of visual tokens kept at the inner layer; 1.0 switches the inner part off", above=0.0, high=1.0
+    )
+    inner_layer: int | None = knob(
+        None, "decoder layer before which the inner part merges; default 0.64 of the depth", low=1
+    )
+    longest: int = knob(1024, "longest segment in frames", low=1)
+    temporal_only: bool = knob(False, "no selection in space (the paper's ratio 1): keep is not used")
+
+    info: ClassVar[Info] = Info(
+        name="holitom", verb="merge", stage=Stage.BEFORE_LLM,
+        summary="merges unchanged tokens over time, selects by attention, merges again inside the model",
+        source="HoliTom: Holistic Token Merging for Fast Video Large Language Models", year=2025,
+        targets=("video-lm",), slots=(BEFORE_LLM, INSIDE_LLM), needs=("vision attention", "decoder attention"),
+        licence="Apache-2.0",
+    )  # fmt: skip
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "llava-onevision": {"keep": 0.15, "tau": 0.8, "inner_keep": 0.5, "source": "paper, LLaVA-OneVision-7B"},
+        "llava-onevision keep 0.10": {
+            "keep": 0.10,
+            "tau": 0.65,
+            "inner_keep": 0.5,
+            "source": "paper, LLaVA-OneVision-7B",
+        },
+    }
+    needs_scores: ClassVar[bool] = True
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Without the inner part the decoder layers are free for another method."""
+        return (BEFORE_LLM, INSIDE_LLM) if self._inner else (BEFORE_LLM,)
+
+    @property
+    def neutral(self) -> bool:
+        """Keep everything; the temporal merge and the inner part are off as well."""
+        return super().neutral and not self.temporal_only
+
+    @property
+    def _inner(self) -> bool:
+        return self.inner_keep < 1.0 and not self.neutral
+
+    def _layer(self, depth: int) -> int:
+        return self.inner_layer if self.inner_layer is not None else max(1, round(_INNER_DEPTH * depth))
+
+    def plan(self, target: Target) -> list[Touch]:
+        """The outer part's hooks, and the attention of one decoder layer."""
+        touches = super().plan(target)
+        layer = self._layer(target.site.depth)
+        if self._inner and layer < target.site.depth:
+            touches.append(Touch(f"decoder layer {layer - 1}", "reads q and k of the last prompt token, then merges"))
+        return touches
+
+    def install(self, installer: Installer) -> None:
+        """Hand both parts to the prefill hooks; an inner layer behind the last one means no inner part."""
+        super().install(installer)
+        depth = installer.target.site.depth
+        if self._inner and self._layer(depth) < depth:
+            installer.prefill.reduce_inside(self.info.name, self._layer(depth), self.merge_inside)
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        """The outer part on one video."""
+        assert tokens.score is not None
+        T, S = tokens.frames()
+        x = tokens.features.view(T, S, -1)
+        score = tokens.score.view(T, S)
+        similarity = signals.cosine_to_previous_frame(x[None])[0] if T > 1 else x.new_zeros(0, S)
+        static = similarity > self.tau
+        windows, saved = segment(static, self.longest)
+        ratio = 1.0 if self.temporal_only else self._ratio(T * S, saved)
+        parts = _Parts(S)
+        for start, stop in windows:
+            alike = (
+                static[start : stop - 1].all(0) if stop - start > 1 else torch.zeros_like(score[0], dtype=torch.bool)
+            )
+            self._static_part(parts, x[start:stop], alike, start, ratio)
+            for t in range(start, stop):
+                self._dynamic_part(parts, x[t], score[t], ~alike, t, ratio)
+        reduction = parts.reduction()
+        return reduction if tokens.contiguous else _ascending(reduction)
+
+    def _ratio(self, n: int, saved: int) -> float:
+        if isinstance(self.keep, int) and self.keep > n:
+            raise MethodError(f"holitom: keep={self.keep} tokens cannot be kept of {n}; the nearest number is {n}.")
+        wanted = self.keep if isinstance(self.keep, float) else self.keep / n
+        return min(wanted / ((n - saved) / n), 1.0)
+
+    def _static_part(self, parts: _Parts, x: torch.Tensor, alike: torch.Tensor, start: int, ratio: float) -> None:
+        places = alike.nonzero().squeeze(1)
+        wanted = round(len(places) * ratio)
+        if wanted == 0:
+            return
+        frames = len(x)
+        mean = x[:, places].float().mean(0, keepdim=True)
+        if wanted == len(places):
+            centres, weight, slot = torch.arange(wanted, device=x.device), mean.new_ones(wanted), None
+        else:
+            centres = select.density_peaks(mean, wanted)
+            merge = reduce.merge_to_centres(mean, centres, beta=self.beta)
+            centres, weight, slot = centres[0], merge.weight[0], merge.assignment[0]
+        slot = torch.arange(wanted, device=x.device) if slot is None else slot
+        first = start * parts.S
+        rows = slot.repeat(frames)
+        cols = (torch.arange(frames, device=x.device)[:, None] * parts.S + places[None]).flatten() + first
+        parts.add(places[centres] + first, rows, cols, weight.repeat(frames) / frames)
+
+    def _dynamic_part(
+        self, parts: _Parts, x: torch.Tensor, score: torch.Tensor, free: torch.Tensor, t: int, ratio: float
+    ) -> None:
+        places = free.nonzero().squeeze(1)
+        n = len(places)
+        if n == 0:
+            return
+        wanted = math.ceil(n * ratio)
+        dominant = round(wanted * (1 - self.contextual))
+        best = select.top_k(score[places][None], dominant)[0]
+        parts.add(places[best] + t * parts.S)
+        if wanted > dominant:
+            rest = torch.ones(n, dtype=torch.bool, device=x.device)
+            rest[best] = False
+            others = places[rest]
+            y = x[others].float()[None]
+            centres = select.density_peaks(y, wanted - dominant)
+            merge = reduce.merge_to_centres(y, centres, beta=self.beta)
+            cols = others + t * parts.S
+            parts.add(others[centres[0]] + t * parts.S, merge.assignment[0], cols, merge.weight[0])
+
+    def merge_inside(self, tokens: VisualTokens) -> Reduction | None:
+        """The inner part on all visual tokens of a prompt."""
+        n = len(tokens)
+        wanted = max(1, round(n * self.inner_keep))
+        if wanted >= n:
+            return None
+        assert tokens.score is not None
+        kept = select.top_k(tokens.score[None], wanted)
+        return reduce.merge_dropped_into_kept(tokens.features[None].float(), kept).reduction(0)
+
+
+class _Parts:
+    """Survivors in output order, and what is merged into them."""
+
+    def __init__(self, S: int) -> None:
+        self.S, self.count = S, 0
+        self.index: list[torch.Tensor] = []
+        self.rows: list[torch.Tensor] = []
+        self.cols: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+
+    def add(
+        self, index: torch.Tensor, rows: torch.Tensor | None = None, cols: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.index.append(index)
+        if rows is not None and cols is not None and weights is not None:
+            self.rows.append(rows + self.count)
+            self.cols.append(cols)
+            self.weights.append(weights)
+        self.count += len(index)
+
+    def reduction(self) -> Reduction:
+        mix = Mix(torch.cat(self.rows), torch.cat(self.cols), torch.cat(self.weights)) if self.rows else None
+        return Reduction(torch.cat(self.index), mix)
+
+
+def _ascending(reduction: Reduction) -> Reduction:
+    # text stands between the frames: each survivor has to stay in its own frame
+    index, order = reduction.index.sort()
+    if reduction.mix is None:
+        return Reduction(index)
+    return Reduction(index, Mix(order.argsort()[reduction.mix.rows], reduction.mix.cols, reduction.mix.weights))
+
+
+def segment(static: torch.Tensor, longest: int = 1024) -> tuple[list[tuple[int, int]], int]:
+    """Cut a video into segments so that merging unchanged positions over each saves most tokens.
+
+    static: bool [T - 1, S], whether a position is the same in frame t and t + 1. A segment of frames i..j saves
+    (j - i) * (positions static on all its steps). Returns the segments as (start, stop) and the tokens saved.
+    """
+    T = static.shape[0] + 1
+    gains = [[0] * T for _ in range(T)]
+    for i in range(T - 1):
+        alive = static[i : i + longest - 1].int().cumprod(0) if longest > 1 else static[:0]
+        for step, count in enumerate(alive.sum(1).tolist(), start=1):
+            gains[i][i + step] = step * count
+    best, start = [0] * T, list(range(T))
+    for j in range(1, T):
+        best[j] = best[j - 1]
+        for w in range(2, min(j + 1, longest) + 1):
+            i = j - w + 1
+            total = (best[i - 1] if i else 0) + gains[i][j]
+            if total > best[j]:
+                best[j], start[j] = total, i
+    windows = []
+    j = T - 1
+    while j >= 0:
+        windows.append((start[j], j + 1))
+        j = start[j] - 1
+    return windows[::-1], best[-1]

@@ -1,0 +1,37 @@
+"""Installer: what a method gets in order to put itself on a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmaccel.core.patching import Patcher
+from mmaccel.report import Report
+from mmaccel.targets import Target
+
+__all__ = ["Installer"]
+
+
+class Installer:
+    """The target, the patcher and the report of one handle.
+
+    `prefill` exists for vision-language models: methods tell it what to reduce and where, and its hooks are put on
+    once, after all methods of the handle have spoken.
+    """
+
+    def __init__(self, target: Target, patcher: Patcher, report: Report) -> None:
+        self.target, self.patcher, self.report = target, patcher, report
+        self._prefill: Any = None
+
+    @property
+    def prefill(self) -> Any:
+        """The `PrefillHooks` of the handle."""
+        if self._prefill is None:
+            from mmaccel.core.prefill import PrefillHooks
+
+            self._prefill = PrefillHooks(self.target.site, self.patcher, self.report.count)
+        return self._prefill
+
+    def finish(self) -> None:
+        """Put on the hooks that methods share."""
+        if self._prefill is not None:
+            self._prefill.install()

@@ -1,0 +1,41 @@
+"""The specification of `attention_received`: short, and free to hold the whole attention map."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["attention_received"]
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: torch.Tensor | None,
+    key_padding: torch.Tensor | None,
+    causal: bool,
+    heads: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Column means of `softmax(q k^T * scale)`; arguments as in the registered op, computed in float32 or wider."""
+    B, H, Sq, _ = q.shape
+    Sk = k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    logits = scale * q.to(wide) @ k.to(wide).repeat_interleave(H // max(k.shape[1], 1), dim=1).mT
+
+    visible = torch.ones(B, Sq, Sk, dtype=torch.bool, device=q.device)
+    if causal:
+        visible &= visible.new_ones(Sq, Sk).tril(Sk - Sq)
+    if key_padding is not None:
+        visible &= key_padding[:, None]
+    probabilities = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+
+    # How often each query row was chosen; -1 in `rows` chooses none, and a row that sees no key has no softmax.
+    chosen = torch.ones(B, Sq, dtype=wide, device=q.device)
+    if rows is not None:
+        chosen = torch.zeros(B, Sq + 1, dtype=wide, device=q.device)
+        chosen = chosen.scatter_add(1, rows + 1, chosen.new_ones(rows.shape))[:, 1:]
+    chosen = chosen * visible.any(-1)
+
+    probabilities = probabilities.masked_fill(chosen[:, None, :, None] == 0, 0)
+    received = torch.einsum("bhqk,bq->bhk", probabilities, chosen) / chosen.sum(1).clamp(min=1)[:, None, None]
+    return (received if heads else received.mean(1)).float()

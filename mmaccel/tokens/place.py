@@ -1,0 +1,262 @@
+"""Place: put a reduced set of tokens back into the sequence, with right positions, masks and per-token features.
+
+`Reduction` is what a method decides about one grid of visual tokens; `TokenMap` says what every token of a batch of
+sequences is; `Placement` is the one object that carries hidden states, rotary tables, position ids, 2-D and 4-D masks
+and every other per-token tensor from the old sequence to the new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+__all__ = ["Mix", "Placement", "Reduction", "TokenMap", "compact_positions", "place"]
+
+TEXT = -1
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A sparse linear map from tokens to tokens: `out[rows[i]] += weights[i] * x[cols[i]]`, out rows listed in `rows`.
+
+    rows, cols: int64 [n]; weights: float32 [n]. Rows that do not occur are left as they are.
+    """
+
+    rows: torch.Tensor
+    cols: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Which of N tokens survive, in output order, and what is merged into them.
+
+    index: int64 [M], the surviving tokens (distinct). mix: what replaces their values, rows counted in 0..M-1 and
+    columns in 0..N-1; None when tokens are only dropped.
+    """
+
+    index: torch.Tensor
+    mix: Mix | None = None
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """The reduced tokens: x [N, D] -> [M, D], accumulated in float32, returned in the dtype of x."""
+        return _mixed(x[self.index], x, self.mix)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What every token of a batch of sequences is. All tensors are [B, S] but `position`, which may be [P, B, S].
+
+    item: index of the image or video that the token belongs to, -1 for text. grid: which grid of the item, -1 for
+    text. cell: raster index in that grid, -1 for structure tokens (newlines) and text. position: the ids that the
+    rotary embedding gets. size: number of original tokens merged into this one. valid: False for padding.
+    source: index in the original sequence.
+    """
+
+    item: torch.Tensor
+    grid: torch.Tensor
+    cell: torch.Tensor
+    position: torch.Tensor
+    size: torch.Tensor
+    valid: torch.Tensor
+    source: torch.Tensor
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """bool [B, S], True where a token shows a part of an image or video (newlines excluded)."""
+        return (self.cell >= 0) & self.valid
+
+    def cells(self, row: int, item: int, grid: int) -> torch.Tensor:
+        """int64 [n]: where in row `row` the living tokens of one grid stand, in sequence order."""
+        mine = (self.item[row] == item) & (self.grid[row] == grid) & (self.cell[row] >= 0) & self.valid[row]
+        return mine.nonzero().squeeze(1)
+
+    def at(self, placement: Placement) -> TokenMap:
+        """The map of the reduced sequence."""
+        moved = {
+            name: placement.along(getattr(self, name), -1) for name in ("item", "grid", "cell", "position", "source")
+        }
+        size = placement.along(self.size, -1)
+        for row, mix in placement.mixes.items():
+            size[row, mix.rows] = 0
+            size[row].index_add_(0, mix.rows, self.size[row, mix.cols])
+        return replace(self, **moved, size=size, valid=placement.valid)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How each row of a new sequence of length L is made from the old one of length S.
+
+    index: int64 [B, L], the old place of each new token. valid: bool [B, L], False for padding that only fills the
+    batch up. mixes: for a row, what replaces the values of its merged tokens (rows in 0..L-1, columns in 0..S-1).
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    mixes: dict[int, Mix] = field(default_factory=dict)
+    length: int = 0
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is dropped, merged or moved."""
+        L = self.index.shape[1]
+        same = self.length == L and not self.mixes and bool(self.valid.all())
+        return same and bool((self.index == torch.arange(L, device=self.index.device)).all())
+
+    def along(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Gather the sequence dimension `dim` of x: [B, ..., S, ...] or, with dim == -1, [..., B, S]."""
+        index = self.index.to(x.device)
+        if dim == -1:
+            return x.expand(*x.shape[:-2], index.shape[0], x.shape[-1]).gather(
+                -1, index.expand(*x.shape[:-2], *index.shape)
+            )
+        if x.shape[0] != index.shape[0]:
+            x = x.expand(index.shape[0], *x.shape[1:])
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = index.shape
+        target = list(x.shape)
+        target[dim] = index.shape[1]
+        return x.gather(dim, index.view(shape).expand(target))
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, D] -> [B, L, D]: gathered, and mixed where tokens were merged."""
+        out = self.along(x, 1)
+        for row, mix in self.mixes.items():
+            out[row] = _mixed(out[row], x[row], mix)
+        return out
+
+    def columns(self, held: int) -> torch.Tensor:
+        """int64 [B, held + L]: where each key stands when `held` older keys precede the old sequence."""
+        old = torch.arange(held, device=self.index.device).expand(self.index.shape[0], held)
+        return torch.cat([old, self.index + held], dim=1)
+
+    def mask(self, mask: torch.Tensor, held: int) -> torch.Tensor:
+        """A 4-D mask [B, h, S, held + S], boolean or additive, -> [B, h, L, held + L]; padding is seen by nobody."""
+        mask = mask.expand(self.index.shape[0], *mask.shape[1:])
+        rows = self.along(mask, 2)
+        columns = self.columns(held).to(mask.device)
+        rows = rows.gather(3, columns[:, None, None, :].expand(*rows.shape[:3], columns.shape[1]))
+        seen = torch.cat([self.valid.new_ones(self.valid.shape[0], held), self.valid], dim=1).to(mask.device)
+        never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return rows.masked_fill(~seen[:, None, None, :], never)
+
+
+def _mixed(kept: torch.Tensor, x: torch.Tensor, mix: Mix | None) -> torch.Tensor:
+    if mix is None or mix.rows.numel() == 0:
+        return kept
+    rows, slot = torch.unique(mix.rows, return_inverse=True)
+    total = torch.zeros(rows.numel(), x.shape[-1], dtype=torch.float32, device=x.device)
+    total.index_add_(0, slot, x[mix.cols].float() * mix.weights[:, None].to(x.device))
+    out = kept.clone()
+    out[rows] = total.to(x.dtype)
+    return out
+
+
+def place(
+    tokens: TokenMap, reductions: list[tuple[int, torch.Tensor, Reduction]], *, pad_left: bool = True
+) -> Placement:
+    """Combine the reductions of groups of tokens to one placement of the whole batch.
+
+    Args:
+        tokens: the map of the present sequence.
+        reductions: (row, cells, reduction): in row `row` the tokens at the places `cells` (int64 [N], ascending,
+            groups disjoint) are reduced as `reduction` says, whose indices count within `cells`.
+        pad_left: where rows that keep fewer tokens than others are filled up.
+
+    All other valid tokens stay. The survivors of a group take the places of the surviving tokens in sequence order,
+    so a reduction may also reorder. Padding that no row needs any more is dropped.
+    """
+    B, S = tokens.valid.shape
+    device = tokens.valid.device
+    kept_rows: list[torch.Tensor] = []
+    mixes: dict[int, Mix] = {}
+    for row in range(B):
+        taken = tokens.valid[row].clone()
+        order = torch.arange(S, device=device)
+        mixed: list[tuple[torch.Tensor, torch.Tensor, Mix]] = []
+        for owner, cells, reduction in reductions:
+            if owner != row:
+                continue
+            survivors = cells[reduction.index.to(device)]
+            slots = survivors.sort().values
+            taken[cells] = False
+            taken[slots] = True
+            order[slots] = survivors
+            if reduction.mix is not None and reduction.mix.rows.numel():
+                mixed.append((slots, cells, reduction.mix))
+        slots = taken.nonzero().squeeze(1)
+        kept_rows.append(order[slots])
+        if mixed:
+            new_place = torch.full((S,), -1, dtype=torch.int64, device=device)
+            new_place[slots] = torch.arange(slots.numel(), device=device)
+            parts = [(new_place[s[m.rows.to(device)]], c[m.cols.to(device)], m.weights.to(device)) for s, c, m in mixed]
+            mixes[row] = Mix(*(torch.cat([part[i] for part in parts]) for i in range(3)))
+    L = max(kept.numel() for kept in kept_rows)
+    index = torch.zeros(B, L, dtype=torch.int64, device=device)
+    valid = torch.zeros(B, L, dtype=torch.bool, device=device)
+    for row, kept in enumerate(kept_rows):
+        start = L - kept.numel() if pad_left else 0
+        index[row, start : start + kept.numel()] = kept
+        valid[row, start : start + kept.numel()] = True
+        if row in mixes and start:
+            mixes[row] = replace(mixes[row], rows=mixes[row].rows + start)
+    return Placement(index, valid, mixes, length=S)
+
+
+def compact_positions(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    """Renumber the positions so that the gaps left by dropped visual tokens close.
+
+    One-dimensional ids become consecutive. Multi-axis ids ([P, B, S], M-RoPE): inside an image or video every
+    survivor keeps its (t, y, x) offset, and what follows moves up by as much as the height and width of the item's
+    surviving part have shrunk - the rule of the library that the extent of an item is max(height, width), applied to
+    what is left (inferred; EVS shifts the text behind a pruned video likewise).
+
+    Returns:
+        position ids of the new sequence, like `tokens.position` with length L, and int64 [B], by how much the
+        position after the last token is smaller than before.
+    """
+    if tokens.position.dim() == 2:
+        return _consecutive(tokens, placement)
+    return _shifted(tokens, placement)
+
+
+def _consecutive(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    old = placement.along(tokens.position, -1)
+    valid = placement.valid
+    positions, shift = torch.zeros_like(old), torch.zeros(len(old), dtype=torch.int64, device=old.device)
+    for row in range(len(old)):
+        if not valid[row].any():
+            continue
+        first = int(tokens.position[row][tokens.valid[row]].min())
+        last = int(tokens.position[row][tokens.valid[row]].max())
+        n = int(valid[row].sum())
+        positions[row, valid[row]] = first + torch.arange(n, device=old.device)
+        shift[row] = last - (first + n - 1)
+    return positions, shift
+
+
+def _shifted(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    # with four axes the first one counts text tokens and never turns the rotary embedding
+    axes = tokens.position[-2:]
+    positions = placement.along(tokens.position, -1).clone()
+    shift = torch.zeros(positions.shape[1], dtype=torch.int64, device=positions.device)
+    alive = torch.zeros_like(tokens.valid)
+    alive.scatter_(1, placement.index, placement.valid)
+    for row in range(positions.shape[1]):
+        moved = 0
+        for item in tokens.item[row].unique().tolist():
+            if item == TEXT:
+                continue
+            mine = (tokens.item[row] == item) & tokens.valid[row]
+            left = mine & alive[row]
+            if left.any():
+                shrunk = int(axes[:, row, mine].max()) - int(axes[:, row, left].max())
+            else:
+                shrunk = int(axes[:, row, mine].max()) - int(axes[:, row, mine].min()) + 1
+            if shrunk:
+                behind = placement.index[row] > int(mine.nonzero().max())
+                positions[-3:, row, behind & placement.valid[row]] -= shrunk
+                moved += shrunk
+        shift[row] = moved
+    return positions, shift

@@ -1,0 +1,239 @@
+"""Reduction: drop tokens, or merge them into fewer, each with a size, so that the merge can be undone in shape.
+
+Every merge here is a `Merge`: which output each token goes to and with which weight. It is built once from whatever the
+tokens are compared by, and applied to as many tensors as needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.tokens.place import Mix, Reduction
+from mmaccel.tokens.select import best_partner, exact_counts, indices_of, mask_of
+
+__all__ = [
+    "Merge",
+    "bipartite",
+    "drop",
+    "merge_by_assignment",
+    "merge_dropped_into_kept",
+    "merge_to_centres",
+    "nearest_centre",
+]
+
+
+def drop(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the tokens at indices (B, K): x (B, N, ...) to (B, K, ...); -1 gives a row of zeros."""
+    _fits(x, indices, "indices")
+    shape = (*indices.shape, *x.shape[2:])
+    if 0 in shape or x.shape[1] == 0:
+        return x.new_zeros(shape)
+    wide = indices.reshape(*indices.shape, *[1] * (x.ndim - 2))
+    return x.gather(1, wide.clamp_min(0).expand(shape)).masked_fill(wide < 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """N tokens become K: token n goes to output `assignment[b, n]` with weight `weight[b, n]`.
+
+    kept: int64 (B, K), the token that each output stands for (its position, its place in the sequence), -1 for outputs
+    without any. assignment: int64 (B, N), -1 for tokens that go nowhere (padding, or vanished). weight: float32 (B, N),
+    summing to 1 over the tokens of an output. sizes: float32 (B, K), how many original tokens each output holds; they
+    sum to the sizes of all assigned tokens.
+    """
+
+    kept: torch.Tensor
+    assignment: torch.Tensor
+    weight: torch.Tensor
+    sizes: torch.Tensor
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the merge: x (B, N, ...) to (B, K, ...), summed in float32 or wider, in the dtype of x.
+
+        A token that is alone in its output passes through bit for bit. On CUDA the order of the sum, and so its last
+        bit, may vary from run to run unless torch.use_deterministic_algorithms is on.
+        """
+        _fits(x, self.assignment, "tokens to merge", same=True)
+        B, K = self.kept.shape
+        if not x.is_floating_point():
+            raise MethodError(f"only floating-point tokens can be merged; got {x.dtype}")
+        values = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        values = values if x.dtype == torch.float64 else values.float()
+        out = values.new_zeros(B * (K + 1), values.shape[2])
+        out.index_add_(0, _flat(self.assignment, K), (values * self.weight[..., None]).flatten(0, 1))
+        return out.view(B, K + 1, *x.shape[2:])[:, :K].to(x.dtype)
+
+    def unmerge(self, y: torch.Tensor) -> torch.Tensor:
+        """Give every token the value of its output: y (B, K, ...) to (B, N, ...); zeros where it has none."""
+        _fits(y, self.kept, "tokens to unmerge", same=True)
+        return drop(y, self.assignment)
+
+    def reduction(self, item: int) -> Reduction:
+        """Return the merge of one item in the form that `place` puts into a sequence."""
+        slots = (self.kept[item] >= 0).nonzero().squeeze(1)
+        assignment = self.assignment[item]
+        members = torch.bincount(assignment[assignment >= 0], minlength=self.kept.shape[1])
+        cols = ((assignment >= 0) & (members[assignment.clamp_min(0)] > 1)).nonzero().squeeze(1)
+        number = torch.full_like(self.kept[item], -1)
+        number[slots] = torch.arange(len(slots), device=slots.device)
+        mix = Mix(number[assignment[cols]], cols, self.weight[item, cols]) if len(cols) else None
+        return Reduction(self.kept[item, slots], mix)
+
+
+def merge_by_assignment(assignment: torch.Tensor, n_out: int, size: torch.Tensor | None = None) -> Merge:
+    """Merge the tokens that share an output into their mean, weighted by size.
+
+    assignment: int64 (B, N) in [0, n_out), or -1 for none; size: (B, N), how many original tokens each one holds, above
+    0 (none: 1). Each output stands at its first token. An output without tokens is zero, with size 0 and kept -1.
+    """
+    if assignment.ndim != 2 or assignment.dtype != torch.int64:
+        raise MethodError(f"the assignment must be int64 (B, N); got {assignment.dtype} {tuple(assignment.shape)}")
+    if assignment.numel() and not -1 <= int(assignment.min()) <= int(assignment.max()) < n_out:
+        raise MethodError(f"the assignment holds outputs outside [-1, {n_out})")
+    B, N = assignment.shape
+    first = torch.full((B * (n_out + 1),), N, dtype=torch.int64, device=assignment.device)
+    positions = torch.arange(N, device=assignment.device).expand(B, N).reshape(-1)
+    first = first.scatter_reduce(0, _flat(assignment, n_out), positions, "amin").view(B, n_out + 1)[:, :n_out]
+    return _mean(first.masked_fill(first == N, -1), assignment, size)
+
+
+def nearest_centre(
+    x: torch.Tensor,
+    centres: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    metric: Literal["cosine", "euclidean"] = "euclidean",
+) -> torch.Tensor:
+    """Assign each token to its nearest centre (ties: the first), as (B, N) numbers of centres.
+
+    x (B, N, D); centres (B, K), positions in x, -1 for none. A centre is assigned to itself; where mask (B, N) is
+    False, or an item has no centre, the assignment is -1.
+    """
+    _fits(x, centres, "centres")
+    assignment, similarity = best_partner(x, drop(x, centres), mask=centres >= 0, metric=metric)
+    if mask is not None:
+        assignment, similarity = assignment.masked_fill(~mask, -1), similarity.masked_fill(~mask, 0)
+    _comparable(similarity)
+    B, K = centres.shape
+    own = torch.arange(K, device=x.device).expand(B, K)
+    padded = torch.cat([assignment, assignment.new_full((B, 1), -1)], 1)
+    return padded.scatter(1, centres.masked_fill(centres < 0, x.shape[1]), own)[:, :-1]
+
+
+def merge_to_centres(
+    x: torch.Tensor,
+    centres: torch.Tensor,
+    *,
+    beta: float = 0.6,
+    mask: torch.Tensor | None = None,
+    size: torch.Tensor | None = None,
+    metric: Literal["cosine", "euclidean"] = "euclidean",
+) -> Merge:
+    """Merge every token into its nearest centre: `beta * centre + (1 - beta) * mean(members)`.
+
+    x (B, N, D) is what nearness is measured in; centres (B, K) are positions, -1 for none; members are the tokens of a
+    centre without itself, weighted alike; a centre without members stays as it is. Where an item has no centre, its
+    tokens vanish. Sizes are counted, not used as weights. Cluster merge of HoliTom (2025).
+    """
+    if not 0 <= beta <= 1:
+        raise MethodError(f"beta={beta} must be in [0, 1]")
+    assignment = nearest_centre(x, centres, mask=mask, metric=metric)
+    plain = _mean(centres, assignment, None)
+    centre = mask_of(centres, x.shape[1])
+    members = plain.sizes.gather(1, assignment.clamp_min(0)) - 1 if centres.shape[1] else plain.weight
+    weight = torch.where(centre, beta, (1 - beta) / members.clamp_min(1))
+    weight = torch.where(centre & (members == 0), 1.0, weight).masked_fill(assignment < 0, 0)
+    return Merge(centres, assignment, weight, _mean(centres, assignment, size).sizes)
+
+
+def merge_dropped_into_kept(
+    metric: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    size: torch.Tensor | None = None,
+) -> Merge:
+    """Merge every token that is not kept into the kept one most like it, as one mean of all, weighted by size.
+
+    metric (B, N, D), compared by cosine; kept (B, K), positions, -1 for none; mask, size (B, N). HoliTom's inner merge
+    (2025); its code halves `kept <- (kept + dropped) / 2` token after token instead, which depends on the order.
+    """
+    return _mean(kept, nearest_centre(metric, kept, mask=mask, metric="cosine"), size)
+
+
+def bipartite(
+    metric: torch.Tensor,
+    r: int | torch.Tensor,
+    *,
+    destinations: torch.Tensor | None = None,
+    protect: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    size: torch.Tensor | None = None,
+) -> Merge:
+    """Merge the r tokens that are most like their best partner in a disjoint set into that partner.
+
+    metric (B, N, D), compared by cosine. destinations: bool (B, N), the tokens that may receive others; the rest are
+    sources. Without it sources and destinations alternate over the valid tokens, as in ToMe ("Token Merging: Your ViT
+    But Faster", 2023), and protected tokens take no part at all. protect: bool (B, N), never merged away. r: an int or
+    (B,); more than there are unprotected sources is an error. Means are weighted by size (B, N), if given. Outputs, all
+    but r of the valid tokens, stay in order; ties between pairs go to the lower source.
+    """
+    B, N = metric.shape[:2]
+    valid = torch.ones(B, N, dtype=torch.bool, device=metric.device) if mask is None else mask
+    free = valid if protect is None else valid & ~protect
+    if destinations is None:
+        odd = (valid.cumsum(1) - 1) % 2 == 1
+        sources, receivers = free & ~odd, free & odd
+    else:
+        sources, receivers = free & ~destinations, valid & destinations
+    receivers_at, sources_at = indices_of(receivers), indices_of(sources)
+    partner, similarity = best_partner(drop(metric, sources_at), drop(metric, receivers_at), mask=receivers_at >= 0)
+    similarity = similarity.masked_fill(sources_at < 0, -torch.inf)
+    _comparable(similarity)
+    counts = exact_counts(r, similarity > -torch.inf)
+
+    rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    merged = rank < counts[:, None]
+    goes_to = torch.full((B, N + 1), -1, dtype=torch.int64, device=metric.device)
+    if receivers_at.shape[1]:
+        target = receivers_at.gather(1, partner.clamp_min(0)).masked_fill(~merged, -1)
+        goes_to.scatter_(1, sources_at.masked_fill(sources_at < 0, N), target)
+    goes_to = goes_to[:, :N]
+    survives = valid & (goes_to < 0)
+    slot = (survives.cumsum(1) - 1).masked_fill(~survives, -1)
+    assignment = torch.where(goes_to >= 0, slot.gather(1, goes_to.clamp_min(0)), slot)
+    return _mean(indices_of(survives), assignment, size)
+
+
+def _mean(kept: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor | None) -> Merge:
+    """The size-weighted mean of the tokens of each output."""
+    B, K = kept.shape
+    ones = torch.ones(assignment.shape, dtype=torch.float32, device=assignment.device)
+    if size is not None and size.shape != assignment.shape:
+        raise MethodError(f"the sizes must be {tuple(assignment.shape)}; got {tuple(size.shape)}")
+    weight = (ones if size is None else size.float()).masked_fill(assignment < 0, 0)
+    sizes = weight.new_zeros(B * (K + 1)).index_add_(0, _flat(assignment, K), weight.flatten()).view(B, K + 1)
+    total = sizes.gather(1, assignment.masked_fill(assignment < 0, K))
+    return Merge(kept, assignment, torch.where(assignment < 0, 0, weight / total), sizes[:, :K])
+
+
+def _flat(assignment: torch.Tensor, K: int) -> torch.Tensor:
+    """Number the outputs through all items, K + 1 an item, the last one for tokens that go nowhere."""
+    offset = torch.arange(assignment.shape[0], device=assignment.device)[:, None] * (K + 1)
+    return (assignment.masked_fill(assignment < 0, K) + offset).flatten()
+
+
+def _comparable(similarity: torch.Tensor) -> None:
+    if bool(similarity.isnan().any()):
+        raise NonFiniteError("the features to merge by hold NaN or infinity; look for the module that produced them")
+
+
+def _fits(x: torch.Tensor, index: torch.Tensor, name: str, same: bool = False) -> None:
+    wrong = x.ndim < 2 or index.ndim != 2 or index.dtype != torch.int64 or x.shape[0] != index.shape[0]
+    if wrong or (same and x.shape[1] != index.shape[1]):
+        raise MethodError(f"the {name} do not fit: tensor {tuple(x.shape)}, index {index.dtype} {tuple(index.shape)}")

@@ -1,0 +1,111 @@
+"""Rendered clips whose frame number is drawn into the pixels, and a plain sequential decoder to compare with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+os.environ.setdefault("SVT_LOG", "0")
+
+BITS, BLOCK = 8, 16
+HEIGHT, WIDTH = 4 * BLOCK, BITS * BLOCK
+
+
+def picture(number: int) -> np.ndarray:
+    """[64, 128, 3]: the bits of the number as black and white blocks in the top row, a moving texture below."""
+    bits = [(number >> bit) & 1 for bit in range(BITS)]
+    top = np.repeat(np.array(bits, dtype=np.uint8) * 255, BLOCK)
+    image = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    image[:BLOCK] = top[None, :, None]
+    y, x = np.mgrid[: HEIGHT - BLOCK, :WIDTH]
+    for channel, speed in enumerate((1, 2, 3)):
+        image[BLOCK:, :, channel] = 128 + 100 * np.sin((x + speed * number) / 9 + channel) * np.cos(y / 7)
+    return image
+
+
+def number_in(image: np.ndarray) -> int:
+    """Read the number back from an upright image [H, W, 3] of any size."""
+    height, width = image.shape[:2]
+    row = int(height * 0.5 * BLOCK / HEIGHT)
+    columns = [int(width * (bit + 0.5) / BITS) for bit in range(BITS)]
+    return sum(1 << bit for bit, column in enumerate(columns) if image[row, column].mean() > 127)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a clip is encoded. `times`: presentation times in milliseconds, None for `rate` frames a second."""
+
+    name: str
+    codec: str = "libx264"
+    count: int = 60
+    pix_fmt: str = "yuv420p"
+    options: dict[str, str] = field(default_factory=dict)
+    container: dict[str, str] = field(default_factory=dict)
+    times: tuple[int, ...] | None = None
+    rate: int = 8
+
+
+def encode(recipe: Recipe, folder: Path) -> Path:
+    path = folder / recipe.name
+    with av.open(str(path), "w", container_options=recipe.container) as container:
+        stream = container.add_stream(recipe.codec, rate=recipe.rate, options=recipe.options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, recipe.pix_fmt
+        if recipe.times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(recipe.count):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24").reformat(format=recipe.pix_fmt)
+            frame.time_base = Fraction(1, recipe.rate) if recipe.times is None else Fraction(1, 1000)
+            frame.pts = number if recipe.times is None else recipe.times[number]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def sequential(path: Path, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """All frames in the order in which PyAV decodes them, as [H, W, 3]; `size` is (height, width)."""
+    with av.open(str(path)) as container:
+        frames = container.decode(video=0)
+        if size is None:
+            return [frame.to_ndarray(format="rgb24") for frame in frames]
+        height, width = size
+        return [frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray() for frame in frames]
+
+
+B_FRAMES = {"bf": "3", "g": "12"}
+QUIET = "log-level=none"
+JITTER = tuple(int(t) for t in np.cumsum(np.random.default_rng(3).integers(20, 400, 60)))
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("b-frames.mp4", options=B_FRAMES, container={"movflags": "faststart"}),
+        Recipe("open-gop.mp4", options={**B_FRAMES, "x264-params": "open-gop=1:b-pyramid=2"}),
+        Recipe("one-gop.mp4", options={"bf": "2", "g": "250"}),
+        Recipe("intra.mp4", options={"g": "1"}),
+        Recipe("fragments.mp4", options=B_FRAMES, container={"movflags": "frag_keyframe+empty_moov"}),
+        Recipe("b-frames.mkv", options=B_FRAMES),
+        Recipe("b-frames.ts", options=B_FRAMES),
+        Recipe("no-times.h264", options=B_FRAMES),
+        Recipe("jitter.mkv", options=B_FRAMES, times=JITTER),
+        Recipe("jitter.mp4", options=B_FRAMES, times=JITTER),
+        Recipe("hevc.mp4", codec="libx265", options={"x265-params": f"keyint=12:bframes=3:open-gop=0:{QUIET}"}),
+        Recipe("hevc-open.mkv", codec="libx265", options={"x265-params": f"keyint=12:bframes=3:open-gop=1:{QUIET}"}),
+        Recipe("vp9.webm", codec="libvpx-vp9", options={"g": "15", "deadline": "realtime", "cpu-used": "8"}),
+        Recipe("vp8.webm", codec="libvpx", options={"g": "15", "deadline": "realtime", "cpu-used": "8"}),
+        Recipe("av1.mkv", codec="libsvtav1", options={"g": "16", "preset": "12", "svtav1-params": "lp=1"}),
+        Recipe("mpeg4.avi", codec="mpeg4", options={**B_FRAMES, "q": "2"}),
+        Recipe("mpeg4.mp4", codec="mpeg4", options={**B_FRAMES, "q": "2"}),
+        Recipe("mpeg2.mpg", codec="mpeg2video", options={**B_FRAMES, "q": "2"}, rate=25),
+        Recipe("mjpeg.avi", codec="mjpeg", pix_fmt="yuvj420p", options={"q": "2"}),
+        Recipe("lossless.mkv", codec="ffv1"),
+        Recipe("animation.gif", codec="gif", pix_fmt="rgb8"),
+    )
+}

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mmaccel import kernels
+from mmaccel.errors import MethodError, NotApplicableError
+from mmaccel.kernels.attention_received import attention_received, cpu, reference
+
+BACKENDS = {"reference": reference.attention_received, "blocked": cpu.attention_received}
+
+
+def make(B, H, Hkv, Sq, Sk, D, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, H, Sq, D, generator=g, dtype=torch.float64)
+    k = torch.randn(B, Hkv, Sk, D, generator=g, dtype=torch.float64)
+    return q.to(dtype), k.to(dtype)
+
+
+def naive(q, k, rows=None, key_ok=None, causal=False, scale=None):
+    """Python numbers only: (B, H, Sk) nested lists of the mean softmax column over the given rows of each item."""
+    B, H, Sq, D = q.shape
+    Hkv, Sk = k.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, H, Sk, dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            count = 0
+            for i in range(Sq) if rows is None else rows[b]:
+                seen = [
+                    j
+                    for j in range(Sk)
+                    if (key_ok is None or key_ok[b, j]) and (not causal or j <= i + Sk - Sq)
+                ]
+                if not seen:
+                    continue
+                logits = [
+                    scale * sum(float(q[b, h, i, d]) * float(k[b, h * Hkv // H, j, d]) for d in range(D)) for j in seen
+                ]
+                top = max(logits)
+                total = sum(math.exp(s - top) for s in logits)
+                count += 1
+                for j, s in zip(seen, logits, strict=True):
+                    out[b, h, j] += math.exp(s - top) / total
+            if count:
+                out[b, h] /= count
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "Hkv", "Sq", "Sk", "D"),
+    [(1, 1, 1, 1, 1, 1), (2, 4, 4, 7, 7, 3), (2, 6, 2, 3, 9, 4), (1, 8, 1, 1, 11, 2), (3, 2, 2, 5, 6, 5)],
+)
+def test_equals_the_loops(backend, causal, B, H, Hkv, Sq, Sk, D):
+    q, k = make(B, H, Hkv, Sq, Sk, D)
+    g = torch.Generator().manual_seed(1)
+    key_ok = torch.rand(B, Sk, generator=g) > 0.3
+    rows = torch.randint(-1, Sq, (B, 4), generator=g)
+    chosen = [[i for i in row if i >= 0] for row in rows.tolist()]
+    for r, r_list in ((None, None), (rows, chosen)):
+        for mask in (None, key_ok):
+            expected = naive(q, k, r_list, mask, causal)
+            per_head = BACKENDS[backend](q, k, r, mask, causal, True, D**-0.5)
+            mean = BACKENDS[backend](q, k, r, mask, causal, False, D**-0.5)
+            torch.testing.assert_close(per_head.double(), expected, atol=1e-7, rtol=0)
+            torch.testing.assert_close(mean.double(), expected.mean(1), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [1, 40, 300, 1 << 20])
+def test_every_block_size_gives_the_reference(monkeypatch, causal, block):
+    monkeypatch.setattr(cpu, "_BLOCK", block)
+    q, k = make(3, 6, 2, 13, 17, 8, torch.float32)
+    # left padding, right padding, and a hole
+    ok = torch.ones(3, 17, dtype=torch.bool)
+    ok[0, :5], ok[1, 12:], ok[2, 6:9] = False, False, False
+    for heads in (False, True):
+        for mask in (None, ok):
+            for rows in (None, torch.tensor([[12, 0, 5, 5], [1, -1, -1, 3], [-1, -1, -1, -1]])):
+                got = cpu.attention_received(q, k, rows, mask, causal, heads, 0.3)
+                torch.testing.assert_close(got, reference.attention_received(q, k, rows, mask, causal, heads, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("native", [False, True])
+def test_low_precision_is_as_good_as_torch_in_that_dtype(monkeypatch, dtype, native):
+    monkeypatch.setattr(cpu, "_multiplies_natively", lambda *_: native)
+    q, k = make(2, 4, 2, 65, 65, 72, dtype)
+    exact = reference.attention_received(q.double(), k.double(), None, None, False, False, 0.25).double()
+    eager = ((q @ k.repeat_interleave(2, 1).mT) * 0.25).softmax(-1).float().mean((1, 2)).double()
+    error = (cpu.attention_received(q, k, None, None, False, False, 0.25) - exact).abs().max()
+    assert error <= max(2 * (eager - exact).abs().max(), 1e-6)
+    if not native:
+        assert error < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs(dtype):
+    q, k = make(2, 4, 4, 10, 10, 6, dtype)
+    expected = attention_received(q, k)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    sliced = [torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., :6] for x in (q, k)]
+    broadcast = attention_received(q[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1))
+    torch.testing.assert_close(attention_received(*token_major), expected)
+    torch.testing.assert_close(attention_received(*sliced), expected)
+    torch.testing.assert_close(broadcast, expected[:1].expand(2, -1))
+
+
+def test_columns_sum_to_one_and_follow_the_sdpa_convention():
+    q, k = make(2, 4, 2, 9, 9, 8, torch.float32)
+    received = attention_received(q, k, causal=True)
+    assert received.dtype == torch.float32
+    torch.testing.assert_close(received.sum(1), torch.ones(2))
+    # With one-hot values attention's output is the attention map itself.
+    hot = torch.eye(9).expand(2, 2, 9, 9)
+    maps = torch.nn.functional.scaled_dot_product_attention(q, k, hot, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(received, maps.mean((1, 2)))
+
+
+def test_a_permutation_of_the_keys_permutes_the_result():
+    q, k = make(2, 4, 4, 6, 8, 5, torch.float32)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(attention_received(q, k[:, :, order]), attention_received(q, k)[:, order])
+
+
+def test_ways_to_choose_queries():
+    q, k = make(2, 2, 2, 6, 6, 4)
+
+    def rows(*numbers):
+        return naive(q, k, [numbers] * 2).mean(1).float()
+
+    torch.testing.assert_close(attention_received(q, k, queries="all"), rows(*range(6)))
+    torch.testing.assert_close(attention_received(q, k, queries=2), rows(4, 5))
+    torch.testing.assert_close(attention_received(q, k, queries=(1, 3)), rows(1, 2))
+    torch.testing.assert_close(attention_received(q, k, queries=torch.tensor([0])), rows(0))
+    torch.testing.assert_close(attention_received(q, k, queries=torch.tensor([5, -1, 2])), rows(5, 5, 2))
+    torch.testing.assert_close(attention_received(q, k, queries=torch.tensor([], dtype=torch.int64)), torch.zeros(2, 6))
+
+
+def test_the_last_n_rows_are_the_last_valid_ones():
+    q, k = make(3, 2, 2, 6, 6, 4)
+    ok = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    got = attention_received(q, k, queries=2, key_padding=ok, query_padding=ok)
+    torch.testing.assert_close(got, naive(q, k, [[4, 5], [1, 2], [1]], ok).mean(1).float())
+    chosen = attention_received(q, k, queries=torch.tensor([1, 4]), key_padding=ok, query_padding=ok)
+    torch.testing.assert_close(chosen, naive(q, k, [[4], [1], [1]], ok).mean(1).float())
+
+
+def test_causal_queries_share_the_validity_of_the_keys():
+    q, k = make(2, 2, 1, 3, 7, 4)
+    ok = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    got = attention_received(q, k, causal=True, key_padding=ok)
+    torch.testing.assert_close(got, naive(q, k, [[0, 1, 2], [0, 1]], ok, causal=True).mean(1).float())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_equals_single_items(causal, side):
+    lengths, longest = (3, 7, 5), 7
+    items = [make(1, 4, 2, n, n, 6, torch.float32, seed=n) for n in lengths]
+    q, k = (torch.full((3, heads, longest, 6), torch.nan) for heads in (4, 2))
+    ok = torch.zeros(3, longest, dtype=torch.bool)
+    for b, (n, (qi, ki)) in enumerate(zip(lengths, items, strict=True)):
+        at = slice(longest - n, longest) if side == "left" else slice(0, n)
+        q[b, :, at], k[b, :, at], ok[b, at] = qi[0], ki[0], True
+    got = attention_received(q, k, causal=causal, key_padding=ok, query_padding=ok)
+    for b, (qi, ki) in enumerate(items):
+        torch.testing.assert_close(got[b][ok[b]], attention_received(qi, ki, causal=causal)[0])
+        assert got[b][~ok[b]].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_item_and_is_ignored_where_nothing_is_read(backend):
+    q, k = make(3, 2, 2, 5, 5, 4, torch.float32)
+    clean = BACKENDS[backend](q, k, None, None, False, False, 0.5)
+    bad_q, bad_k = q.clone(), k.clone()
+    bad_q[1, 0, 3], bad_k[2, 1, 0] = torch.nan, torch.nan
+    got = BACKENDS[backend](bad_q, bad_k, None, None, False, False, 0.5)
+    torch.testing.assert_close(got[0], clean[0])
+    assert got[1:].isnan().all()
+    rows, ok = torch.tensor([[0, 1]] * 3), torch.tensor([[False, True, True, True, True]] * 3)
+    got = BACKENDS[backend](bad_q, bad_k, rows, ok, False, False, 0.5)
+    torch.testing.assert_close(got, BACKENDS[backend](q, k, rows, ok, False, False, 0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
+def test_empty_inputs_give_zeros(backend, shape):
+    B, H, Sq, Sk = shape
+    q, k = make(B, H, H, Sq, Sk, 4)
+    got = BACKENDS[backend](q, k, None, None, False, False, 1.0)
+    assert got.shape == (B, Sk)
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logits_do_not_overflow(backend):
+    q, k = make(1, 1, 1, 4, 6, 3, torch.float32)
+    got = BACKENDS[backend](q * 1e4, k * 1e4, None, None, False, False, 1.0)
+    # A softmax this sharp is a vote: every row gives its whole attention to its best key.
+    votes = torch.bincount((q @ k.mT)[0, 0].argmax(1), minlength=6) / 4
+    torch.testing.assert_close(got[0], votes)
+
+
+def test_wrong_arguments():
+    q, k = make(2, 4, 2, 5, 6, 4, torch.float32)
+    wrong = [
+        {"reduce": "block"},
+        {"queries": 0},
+        {"queries": 6},
+        {"queries": True},
+        {"queries": "last"},
+        {"queries": (3, 3)},
+        {"queries": (0, 6)},
+        {"queries": torch.tensor([5])},
+        {"queries": torch.tensor([-6])},
+        {"queries": torch.tensor([0.0])},
+        {"queries": torch.tensor([[0]])},
+        {"key_padding": torch.ones(2, 5, dtype=torch.bool)},
+        {"key_padding": torch.ones(2, 6)},
+        {"query_padding": torch.ones(2, 6, dtype=torch.bool)},
+    ]
+    for arguments in wrong:
+        with pytest.raises(MethodError):
+            attention_received(q, k, **arguments)
+    for a, b in ((q[0], k), (q[:, :3], k), (q, k[:1]), (q, k[..., :3]), (q, k.double()), (q.int(), k.int())):
+        with pytest.raises(MethodError):
+            attention_received(a, b)
+    with pytest.raises(MethodError, match="6 queries but 5 keys"):
+        attention_received(k, q[:, :2], causal=True)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("rows", [None, torch.tensor([[0, 2], [1, -1]])])
+def test_opcheck(heads, rows):
+    q, k = make(2, 4, 2, 3, 5, 4, torch.float32)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    for causal in (False, True):
+        torch.library.opcheck(torch.ops.mmaccel.attention_received.default, (q, k, rows, mask, causal, heads, 0.5))
+
+
+def test_compiles_to_one_graph():
+    q, k = make(2, 4, 2, 5, 5, 4, torch.float32)
+    ok = torch.tensor([[False, True, True, True, True], [True] * 5])
+    index = torch.tensor([-1, 0])
+
+    def scores(q, k, ok, index):
+        last = attention_received(q, k, queries=1, causal=True, key_padding=ok)
+        return last + attention_received(q, k) + attention_received(q, k, queries=index)
+
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, ok, index), scores(q, k, ok, index))
+
+
+def test_backends_and_the_record(monkeypatch):
+    q, k = make(1, 2, 2, 3, 3, 4, torch.float32)
+    monkeypatch.delenv("MMACCEL_KERNELS", raising=False)
+    assert kernels.backend() == "auto"
+    with kernels.recording() as outer:
+        attention_received(q, k)
+        with kernels.recording() as inner, kernels.use("torch"):
+            attention_received(q, k)
+    attention_received(q, k)
+    ran = kernels.Event("attention_received", "torch", None)
+    assert (outer, inner) == ([ran, ran], [ran])
+
+    with kernels.use("triton"), pytest.raises(NotApplicableError, match="no Triton path"):
+        attention_received(q, k)
+    monkeypatch.setenv("MMACCEL_KERNELS", "triton")
+    with pytest.raises(NotApplicableError, match="attention_received"):
+        attention_received(q, k)
+    with kernels.use("torch"):
+        attention_received(q, k)
+    monkeypatch.setenv("MMACCEL_KERNELS", "cuda")
+    with pytest.raises(MethodError, match="'cuda'"):
+        kernels.backend()
+    with pytest.raises(MethodError, match="'fast'"), kernels.use("fast"):
+        pass
+
+
+def test_a_fallback_on_a_gpu_is_recorded_with_its_reason():
+    from mmaccel.kernels.dispatch import choose
+
+    gpu = torch.device("cuda")
+    with kernels.use("auto"), kernels.recording() as events:
+        assert choose("op", gpu, triton_missing="no path for int8") == "torch"
+        assert choose("op", gpu, triton_missing=None) == "triton"
+        assert choose("op", torch.device("cpu"), triton_missing=None) == "torch"
+    assert [(e.backend, e.reason) for e in events] == [("torch", "no path for int8"), ("triton", None), ("torch", None)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_blocked_path_runs_on_a_gpu(dtype):
+    q, k = make(2, 4, 2, 33, 65, 16, dtype)
+    ok = torch.rand(2, 65, generator=torch.Generator().manual_seed(0)) > 0.2
+    exact = reference.attention_received(q.double(), k.double(), None, ok, True, False, 0.25)
+    got = attention_received(
+        q.cuda(),
+        k.cuda(),
+        causal=True,
+        key_padding=ok.cuda(),
+        query_padding=torch.ones(2, 33, dtype=torch.bool).cuda(),
+        scale=0.25,
+    )
+    torch.testing.assert_close(got.cpu(), exact, atol=1e-3 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_memory_beyond_inputs_and_output_is_at_most_20_mb(dtype):
+    # The whole map of one item would take 8 * 4096 * 4096 floats, 512 MB, and one head's alone 64 MB.
+    program = f"""
+        import resource
+        from pathlib import Path
+        import torch
+        from mmaccel.kernels.attention_received import attention_received
+        torch.set_num_threads(1)
+        q = torch.empty(2, 4096, 8, 64, dtype=torch.{dtype}).normal_().transpose(1, 2)
+        k = torch.empty(2, 4096, 2, 64, dtype=torch.{dtype}).normal_().transpose(1, 2)
+        valid = torch.rand(2, 4096) > 0.1
+        attention_received(q[:, :, :64], k[:, :, :64])
+        held = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmRSS"))
+        attention_received(q, k)
+        attention_received(q, k, causal=True, key_padding=valid)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - int(held.split()[1])) / 1024)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    print("PEAK", run.stdout)
+    assert float(run.stdout) < 20
