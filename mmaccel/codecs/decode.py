@@ -86,8 +86,12 @@ def _orientation(frame: VideoFrame) -> tuple[bool, list[int], int]:
     return transpose, [axis for axis, flip in ((2, right), (1, down)) if flip], rotation
 
 
-def _decoded(packets: Iterator[Packet], stream: VideoStream, errors: list[str]) -> Iterator[VideoFrame]:
-    """Decode packet by packet, then what the decoder still holds; a packet that fails is noted and skipped."""
+def _decoded(packets: Iterator[Packet], stream: VideoStream, errors: list[str]) -> Iterator[tuple[VideoFrame, bool]]:
+    """Decode packet by packet, then what the decoder still holds; yield each frame and whether it is undamaged.
+
+    A packet that fails is noted in errors and skipped.
+    """
+    torn: set[int] = set()
     while True:
         try:
             packet = next(packets, None)
@@ -96,12 +100,15 @@ def _decoded(packets: Iterator[Packet], stream: VideoStream, errors: list[str]) 
         # An empty packet would tell the decoder that the video is over.
         if packet is not None and not packet.size:
             continue
+        if packet is not None and packet.is_corrupt and packet.pts is not None:
+            torn.add(packet.pts)  # some decoders show what is left of it and do not say so
         try:
             frames = stream.decode(packet)
         except FFmpegError as error:
             errors.append(str(error))
             frames = []
-        yield from frames
+        for frame in frames:
+            yield frame, not frame.is_corrupt and frame.pts not in torn
         if packet is None:
             return
 
@@ -122,12 +129,12 @@ def decode_slots(source: Source, table: PacketTable, canvas: Canvas, threads: in
             if seek and key - last > table.reorder + threads - 1:
                 frames = _decoded(_jump(container, stream, table, key), stream, errors)
                 last = key - 1
-            for frame in frames:
+            for frame, clean in frames:
                 decoded += 1
                 slot = -1 if frame.pts is None else table.slots.get(frame.pts, -1)
                 if 0 <= slot <= last:
                     continue  # stored behind the keyframe but shown before it: it cannot be decoded from here
-                if errors or frame.is_corrupt or slot != last + 1:
+                if errors or not clean or slot != last + 1:
                     raise FrameMismatchError
                 last = slot
                 if slot == target:
@@ -186,7 +193,7 @@ def survey(source: Source, table: PacketTable) -> Survey:
     errors: list[str] = []
     # One thread: a damaged video then comes out the same way when its wanted frames are decoded.
     with source.open() as (container, stream):
-        arrived = [(f.pts, not f.is_corrupt) for f in _decoded(container.demux(stream), stream, errors)]
+        arrived = [(frame.pts, ok) for frame, ok in _decoded(container.demux(stream), stream, errors)]
     clean = [place for place, (_, ok) in enumerate(arrived) if ok]
     damaged = len(clean) < len(arrived) or bool(errors)
     if table.exact and (damaged or table.codec not in _UNEVEN):
@@ -207,7 +214,7 @@ def decode_in_order(source: Source, canvas: Canvas) -> int:
     last = canvas.targets[-1]
     wanted = set(canvas.targets)
     with source.open() as (container, stream):
-        for place, frame in enumerate(_decoded(container.demux(stream), stream, [])):
+        for place, (frame, _) in enumerate(_decoded(container.demux(stream), stream, [])):
             if place in wanted:
                 canvas.draw(place, frame)
             if place == last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,18 +112,17 @@ class Source:
 
 
 def _readable(name: str) -> str:
+    """Return a path that may hold a video, or say why it cannot."""
     try:
-        path = Path(name)
-        if path.is_dir():
-            raise VideoError(f"{name} is a directory, not a video file")
-        if not path.exists():
-            raise VideoError(f"{name!r} does not exist")
-        if path.is_file() and path.stat().st_size == 0:
-            raise VideoError(f"{name} is empty (0 bytes)")
+        facts = Path(name).stat()
+    except FileNotFoundError:
+        raise VideoError(f"{name} does not exist") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, VideoError):
-            raise
         raise VideoError(f"{name!r} cannot be opened ({error})") from error
+    if stat.S_ISDIR(facts.st_mode):
+        raise VideoError(f"{name} is a directory, not a video file")
+    if stat.S_ISREG(facts.st_mode) and facts.st_size == 0:
+        raise VideoError(f"{name} is empty (0 bytes)")
     return name
 
 
@@ -170,10 +170,10 @@ def scan(source: Source) -> PacketTable:
     dts: list[int | None] = []
     keys: list[bool] = []
     spans: list[int] = []
-    packets, end, last_dts, ordered, broken = 0, 0.0, None, True, False
+    packets, end, last_dts, ordered, torn, broken = 0, 0.0, None, True, False, False
     with source.open() as (container, stream):
         # Matroska states no frame count, only the length of the longest stream: all of them must be looked at.
-        matroska = "matroska" in container.format.name
+        matroska = container.format.name == "matroska,webm"
         for packet in _until_broken(container.demux() if matroska else container.demux(stream)):
             if packet is None:
                 broken = True
@@ -183,6 +183,7 @@ def scan(source: Source) -> PacketTable:
             if packet.stream.index != stream.index or not packet.size:
                 continue
             packets += 1
+            torn = packet.is_corrupt
             if packet.dts is not None:
                 ordered &= last_dts is None or packet.dts >= last_dts
                 last_dts = packet.dts
@@ -191,7 +192,10 @@ def scan(source: Source) -> PacketTable:
                 dts.append(packet.dts)
                 keys.append(packet.is_keyframe)
                 spans.append(packet.duration or 0)
-        cut = _cut(container, stream, packets, end if matroska else None)
+        if torn and stream.frames > packets:
+            cut = stream.frames - packets
+        else:
+            cut = _cut(container, stream, packets, end if matroska else None)
         codec = stream.codec_context.codec.canonical_name
         rate = float(stream.average_rate) if stream.average_rate else None
         tick = float(stream.time_base or 0)

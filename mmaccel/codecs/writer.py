@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import av
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
-from av.video.stream import VideoStream
 
 from mmaccel.errors import VideoError
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import os
 
     from av.container import OutputContainer
+    from av.video.stream import VideoStream
 
 __all__ = ["write_video"]
 
@@ -44,7 +44,7 @@ def write_video(
     keyframes in frames, None for the encoder's choice. options: further options of the encoder.
 
     Formats with halved chroma (yuv420p) hold even sides only: an odd last row or column is repeated once, so that the
-    video is one pixel larger. Colours are BT.709 from 720 rows on, BT.601 below, limited range, and tagged so.
+    video is one pixel larger. Colours are BT.709 from 720 rows on, BT.601 below, and tagged so.
 
     Raises VideoError for frames of another kind, an unknown codec or container, or a path that cannot be written; no
     partial file stays behind.
@@ -61,12 +61,13 @@ def write_video(
     rate = Fraction(fps).limit_denominator(100_000)
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
+        kind = av.Codec(codec, "w").type
+        if kind != "video":
+            raise VideoError(f"{codec} encodes {kind}, not video")
         # With its index in front, a file that is cut off later can still be read up to the cut.
         layout = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".mov", ".m4v") else {}
         with av.open(str(part), "w", container_options=layout) as container:
-            stream = container.add_stream(codec, rate=rate, options=settings)
-            if not isinstance(stream, VideoStream):
-                raise VideoError(f"{codec} encodes {stream.type}, not video")
+            stream = cast("VideoStream", container.add_stream(codec, rate=rate, options=settings))
             _encode(container, stream, pictures, pix_fmt)
         part.replace(path)
     except (FFmpegError, OSError, ValueError) as error:
@@ -81,11 +82,10 @@ def write_video(
 def _pictures(frames: np.ndarray | torch.Tensor) -> np.ndarray:
     """Check the frames and bring them to [T, H, W, 3]."""
     if isinstance(frames, torch.Tensor):
-        array, wanted = frames.detach().cpu().numpy(), "a tensor [T, 3, H, W]"
-        if array.ndim == 4 and array.shape[1] == 3:
-            array = array.transpose(0, 2, 3, 1)
+        wanted, usable = "a tensor [T, 3, H, W]", frames.dtype == torch.uint8 and frames.ndim == 4
+        array = frames.detach().cpu().permute(0, 2, 3, 1).numpy() if usable else np.empty(0)
     else:
-        array, wanted = np.asarray(frames), "an array [T, H, W, 3]"
+        wanted, array = "an array [T, H, W, 3]", np.asarray(frames)
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not array.size:
         raise VideoError(
             f"frames must be {wanted} of uint8 with at least one frame, not {frames.dtype} {tuple(frames.shape)}"

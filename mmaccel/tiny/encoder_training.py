@@ -199,7 +199,7 @@ def encode_corpus(tower: SiglipVisionModel, corpus: Corpus, seed: int) -> tuple[
     half = GRID // 2
     features, scores = [], []
     for n in range(len(corpus.frames)):
-        values = pixels(torch.from_numpy(corpus.frames[n]))
+        values = pixels(torch.from_numpy(np.array(corpus.frames[n])))
         if n % 2:
             values = augment(values, generator)
         with torch.autocast("cpu", torch.bfloat16):

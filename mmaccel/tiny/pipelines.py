@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmaccel.errors import NotApplicableError
 from mmaccel.tiny.families.llava import text_config
 from mmaccel.tiny.families.tokenizer import VOCABULARY, byte_tokenizer, special_ids
 from mmaccel.tiny.families.weights import build_random, randomise
@@ -20,10 +21,13 @@ def tiny_text_lm(
     """Build a random text language model and its tokenizer of one token a byte.
 
     `kind` is `llama` or `qwen2`; width 64, 4 query heads on 2 key heads, eval mode, SDPA, greedy, no early stop.
+    Raises `NotApplicableError` for another kind.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     classes = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+    if kind not in classes:
+        raise NotApplicableError(f"no tiny text model of kind {kind!r}; use one of: {', '.join(classes)}.")
     model_class, config_class = classes[kind]
     model = build_random(model_class, config_class(**text_config(layers)), seed=seed, dtype=dtype)
     with torch.no_grad():

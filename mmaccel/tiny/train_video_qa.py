@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmaccel.tiny.card import card
 from mmaccel.tiny.corpus import GRID, Corpus, build_corpus, question_rows
 from mmaccel.tiny.encoder_training import encode_corpus, train_encoder
 from mmaccel.tiny.language_training import Memory, evaluate, fit_projector_to, train_language
-from mmaccel.tiny.processing import PATCH, build_processor, build_tokenizer
+from mmaccel.tiny.processing import PATCH, WORDS, build_processor, build_tokenizer
 from mmaccel.tiny.scoring import score_folder
 from mmaccel.tiny.world import FRAMES, SIZE
 
 if TYPE_CHECKING:
-    from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
+    from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase, SiglipVisionModel
 
 __all__ = ["build_model", "export", "main"]
 
@@ -90,8 +91,7 @@ def export(model: LlavaOnevisionForConditionalGeneration, folder: Path, facts: d
     model.save_pretrained(fresh)
     build_processor().save_pretrained(fresh)
     (fresh / "scores.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if (folder / "README.md").exists():
-        shutil.copy(folder / "README.md", fresh / "README.md")
+    (fresh / "README.md").write_text(card(facts, len(WORDS)), encoding="utf-8")
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -110,11 +110,14 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _memory(tower: torch.nn.Module, corpus: Corpus, split: str, seed: int, sampled: bool) -> Memory:
+def _memory(tower: SiglipVisionModel, corpus: Corpus, split: str, seed: int, sampled: bool, kept: Path) -> Memory:
     tokenizer = build_tokenizer()
-    features, attention = encode_corpus(tower, corpus, seed)  # pyright: ignore[reportArgumentType]
+    if not kept.exists():
+        features, attention = encode_corpus(tower, corpus, seed)
+        save_file({"features": features, "attention": attention}, kept)
+    cached = load_file(kept)
     questions = [question_rows(split, index, tokenizer, sampled) for index in range(len(corpus.frames))]
-    return Memory.build(features, attention, corpus, questions)
+    return Memory.build(cached["features"], cached["attention"], corpus, questions)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,12 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         figures = train_encoder(tower, corpus, options.encoder_steps, options.seed)
         save_file(tower.state_dict(), weights, {name: f"{value:.4f}" for name, value in figures.items()})
-    memory = _memory(tower, corpus, "train", options.seed, sampled=False)
-    watch = _memory(tower, build_corpus("validation", 150, options.threads), "validation", options.seed, sampled=True)
+    memory = _memory(tower, corpus, "train", options.seed, False, options.work / "train.safetensors")
+    unseen = build_corpus("validation", 150, options.threads)
+    watch = _memory(tower, unseen, "validation", options.seed, True, options.work / "validation.safetensors")
     fit_projector_to(model, memory.features[:200])
 
     facts = {
         "seed": options.seed,
+        "threads": options.threads,
         "clips": len(corpus.frames),
         "patches": GRID * GRID,
         "frames": FRAMES,

@@ -395,6 +395,11 @@ def test_a_file_that_is_cut_off_yields_what_is_there(clip: Clip, tmp_path: Path,
         assert len(record) == 1
         assert issubclass(record[0].category, VideoWarning)
         assert video.lost > 0
+    if name in ("b-frames.mp4", "mjpeg.avi"):
+        with pytest.warns(VideoWarning):
+            video = load_video(path, video.total)
+        assert len(video.replaced) == 1  # the packet that the cut went through
+        assert video.total + video.lost - 1 == 60
 
 
 def test_a_file_that_is_cut_off_before_its_index_is_an_error(clip: Clip) -> None:

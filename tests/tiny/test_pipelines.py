@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmaccel.errors import NotApplicableError
 from mmaccel.tiny.pipelines import tiny_text_lm, tiny_wan_pipeline
 
 torch.set_num_threads(1)
@@ -39,6 +40,11 @@ def test_text_model_follows_its_seed():
     first, again, other = (tiny_text_lm(seed=seed)[0].lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_an_unknown_text_model_is_refused():
+    with pytest.raises(NotApplicableError, match="no tiny text model of kind 'bert'; use one of: llama, qwen2"):
+        tiny_text_lm("bert")
 
 
 def test_video_pipeline_repeats_itself_and_listens_to_prompt_and_seed(pipe):

@@ -1,4 +1,4 @@
-"""The embedded video-QA model: loadable by the real classes, closed vocabulary, padding-proof, and right on unseen clips."""
+"""The embedded video-QA model: real classes, closed vocabulary, padding-proof, right on unseen clips."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from mmaccel.tiny.world import (
     sample_questions,
 )
 
+PINNED = "897ef41137bd8bbb7050bc66d25a55c042ca02f1682f1d4f1b7dc4df2ace699a"
+
 
 def seen(clip):
     """What a viewer of the eight frames can tell of each object: first frame seen, first and last centre of mass."""
@@ -158,6 +160,3 @@ def test_bad_requests_are_refused():
         sample_clip(10_000_000)
     with pytest.raises(ValueError, match="at least 1"):
         frame_times(0)
-
-
-PINNED = ""

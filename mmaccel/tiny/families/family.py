@@ -57,7 +57,7 @@ class Place(NamedTuple):
     x: int
 
 
-def grid(item: Item, t: int, columns: int, rows: int, *, newline: bool = False) -> list[Place | None]:
+def grid(item: Item, t: int, rows: int, columns: int, *, newline: bool = False) -> list[Place | None]:
     """List the places of one picture in reading order, each row ended by a newline token if asked for."""
     places: list[Place | None] = []
     for y in range(rows):
@@ -76,7 +76,8 @@ class Family:
     `opening` starts a prompt, `closing` ends it; `before`, `marker` and `after` surround an image or a video.
     `sizes` are (height, width) of the first and of a second item by modality; `frames` of the first and second video.
     `expand` says what the marker of an item becomes in a prompt with these items: a `Place` for a visual token, None
-    for a token of text. `arguments` gives what the processor wants to be told about the videos.
+    for a token of text. `arguments` gives what the processor wants to be told about the videos;
+    `nested_images` is for a processor that treats several images of one prompt differently from a single one.
     """
 
     name: str
@@ -151,9 +152,9 @@ class Family:
         videos = [pixels for pair in pairs for item, pixels in pair if item.modality == "video"]
         given: dict[str, Any] = {}
         if any(images):
-            given["images"] = images if self.nested_images else [image for row in images for image in row]
+            given["images"] = images if self.nested_images else [image for some in images for image in some]
         if videos:
-            given |= {"videos": videos, **self.arguments([item for row in items for item in row])}
+            given |= {"videos": videos, **self.arguments([item for some in items for item in some])}
         texts = ["".join(piece for piece, _ in prompt) for prompt in prompts]
         return dict(_processor(self)(text=texts, padding=True, return_tensors="pt", **given))
 

@@ -1,0 +1,7 @@
+"""The command line: `mmaccel demo | ask | bench | list | explain`."""
+
+from __future__ import annotations
+
+from mmaccel.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,160 @@
+"""The commands and their options. Each imports its work when it is called, so that `--help` comes at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmaccel import __version__
+from mmaccel.cli.terminal import Terminal, one_line
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Makes the multimodal model that you already have faster, and shows what it cost in quality.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Specs = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="A method such as 'holitom:keep=0.15'. Several are put on together."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmaccel {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,  # noqa: ARG001
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Makes the multimodal model that you already have faster, and shows what it cost in quality."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html, pareto.png and the clips.")] = Path(
+        "mmaccel-report"
+    ),
+    clips: Annotated[int, typer.Option(min=1, help="Clips at most.")] = 60,
+    seconds_budget: Annotated[float, typer.Option(min=1, help="Start no new batch of clips that would end later.")] = (
+        150.0
+    ),
+    json: Json = False,
+) -> None:
+    """Compare every method on the embedded video model: accuracy, tokens, FLOPs, time to first token."""
+    from mmaccel.cli.demo import run
+
+    with Terminal(json) as terminal:
+        run(terminal, out, clips=clips, seconds=seconds_budget)
+
+
+@app.command()
+def ask(
+    video: Annotated[str, typer.Argument(help="A video file, or a URL that FFmpeg opens.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face ID or folder; the embedded model if not given.")
+    ] = None,
+    method: Specs = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to sample; 32, embedded model 8.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with and without; holitom:keep=0.15 if no method is given.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Length of the answer; 128, embedded 4.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often the time to first token is taken.")] = 3,
+    json: Json = False,
+) -> None:
+    """Ask a question about a video, with or without acceleration."""
+    from mmaccel.cli.ask import run
+
+    with Terminal(json) as terminal:
+        run(
+            terminal, video, question, source=model, specs=method or [], frames=frames, both=compare,
+            max_new_tokens=max_new_tokens, repeats=repeats,
+        )  # fmt: skip
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="A scenario; without it the names are listed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the result rows, JSON lines.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace an option of the scenario, such as clips=100.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a benchmark scenario of this repository."""
+    from mmaccel.cli.bench import run
+
+    with Terminal(json) as terminal:
+        run(terminal, name, out, option or [])
+
+
+@app.command("list")
+def catalogue(json: Json = False) -> None:
+    """List the methods: stage, verb, knobs with ranges and defaults, source."""
+    from mmaccel.cli.catalogue import run
+
+    with Terminal(json) as terminal:
+        run(terminal)
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face ID or folder, or 'tiny', or the name of a tiny or a published model.")
+    ],
+    json: Json = False,
+) -> None:
+    """Say which methods fit a model and what each would touch. Needs no weights."""
+    from mmaccel.cli.explain import run
+
+    with Terminal(json) as terminal:
+        run(terminal, model)
+
+
+# click's ClickException; typer carries its own copy of it since 0.20, and both versions are allowed.
+_UsageProblem: Any = typer.BadParameter.__mro__[2]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in arguments
+    # A traceback is wanted after the fact, so the switch may stand at the end of the line as well.
+    arguments = [*(["--debug"] if debug else []), *(word for word in arguments if word != "--debug")]
+    try:
+        code = app(args=arguments, prog_name="mmaccel", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _UsageProblem as error:
+        return _fail(f"{error.format_message()} See mmaccel --help.", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted.", 130)
+    except Exception as error:
+        from mmaccel.errors import MMAccelError
+
+        if debug:
+            raise
+        if isinstance(error, MMAccelError):
+            return _fail(str(error), 1)
+        return _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"mmaccel: {one_line(message)}\n")
+    return code
