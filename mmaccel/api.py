@@ -112,6 +112,9 @@ def explain(target: Any) -> Explanation:
     reasons: dict[str, str] = {}
     for name, cls in registry().items():
         try:
+            if found.kind not in cls.info.targets:
+                reasons[name] = f"works on {' or '.join(cls.info.targets)}"
+                continue
             touches[name] = _plan(cls(), found)
         except (NotApplicableError, AdapterError) as error:
             reasons[name] = str(error)

@@ -52,7 +52,6 @@ def check(new: list[Method], present: list[Method]) -> None:
         names.add(method.info.name)
         for slot in method.slots:
             if slot in holders:
-                raise ConflictError(
-                    f"{method.info.name} and {holders[slot].info.name} exclude each other: both work {slot}; use one of them."
-                )
+                other = holders[slot].info.name
+                raise ConflictError(f"{method.info.name} and {other} exclude each other: both work {slot}; use one.")
             holders[slot] = method

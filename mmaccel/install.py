@@ -21,6 +21,7 @@ class Installer:
     def __init__(self, target: Target, patcher: Patcher, report: Report) -> None:
         self.target, self.patcher, self.report = target, patcher, report
         self._prefill: Any = None
+        self._gates: list[Any] = []
 
     @property
     def prefill(self) -> Any:
@@ -31,7 +32,15 @@ class Installer:
             self._prefill = PrefillHooks(self.target.site, self.patcher, self.report.count)
         return self._prefill
 
+    def gate(self, thin: Any) -> None:
+        """Pass the calls of the vision tower through `thin`, see `core.gate`."""
+        self._gates.append(thin)
+
     def finish(self) -> None:
         """Put on the hooks that methods share."""
         if self._prefill is not None:
             self._prefill.install()
+        for thin in self._gates:
+            from mmaccel.core.gate import gate_tower
+
+            gate_tower(self.patcher, self.target.site, thin)

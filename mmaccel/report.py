@@ -86,9 +86,11 @@ class Report:
     def lines(self) -> list[str]:
         """Remarks, among them knobs that never fired."""
         remarks = list(self.notes)
-        for entry in self.tokens.values():
-            if entry.calls and entry.tokens_in == entry.tokens_out:
-                remarks.append(f"{entry.method} ({entry.place}): nothing was dropped or merged in {entry.calls} calls")
+        remarks += [
+            f"{entry.method} ({entry.place}): nothing was dropped in {entry.calls} calls"
+            for entry in self.tokens.values()
+            if entry.calls and entry.tokens_in == entry.tokens_out
+        ]
         if not self.tokens and not self.calls and not self.events:
             remarks.append("the model has not been called yet")
         return remarks

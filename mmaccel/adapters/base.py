@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from mmaccel.adapters.towers import BatchedTower, PackedTower
 from mmaccel.core.prefill import Encoded, GridLayout, ItemLayout
 from mmaccel.errors import AdapterError
 
@@ -25,8 +26,8 @@ def get_module(root: nn.Module, path: str) -> nn.Module:
         return root.get_submodule(path)
     except AttributeError as error:
         raise AdapterError(
-            f"{type(root).__name__} has no module {path!r}; this version of its library is laid out differently from what "
-            "the adapter expects."
+            f"{type(root).__name__} has no module {path!r}; this version of its library is laid out differently from "
+            "what the adapter expects."
         ) from error
 
 
@@ -65,6 +66,7 @@ class VideoLM:
     vision_attention: ClassVar[str] = "self_attn"
     projector: ClassVar[str] = "multi_modal_projector"
     decoder_attention_name: ClassVar[str] = "self_attn"
+    patches_per_cell: ClassVar[int] = 1
 
     def __init__(self, target: nn.Module) -> None:
         self.target = target
@@ -150,6 +152,21 @@ class VideoLM:
         one = table(torch.tensor(token, device=embeds.device))
         return (embeds == one.to(embeds.dtype)).all(-1)
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether the tower has to be asked to fit its position table to another image size."""
+        return True
+
+    def tower(self) -> BatchedTower | PackedTower:
+        """How the tower can be given less."""
+        return BatchedTower(
+            self.config.vision_config, class_token=self.has_class_token, patches_per_cell=self.patches_per_cell
+        )
+
+    def resizable(self, kind: str) -> bool:
+        """Whether images or videos ("image", "video") of this family may be given smaller."""
+        return kind in self.encoders
+
     def layout(self, encoded: Encoded, where: torch.Tensor) -> list[ItemLayout]:
         """The items that one encoder call made, in the order of their features."""
         raise NotImplementedError
@@ -161,4 +178,6 @@ class VideoLM:
     def raw_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
         """float32 [images, patches]: scores of a batched tower, class token cut off."""
         scores = torch.cat(encoded.scores[kind], 0)
+        for thinned in reversed(encoded.thinned):
+            scores = thinned.tokens(scores)
         return scores[:, 1:] if self.has_class_token else scores

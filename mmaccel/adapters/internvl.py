@@ -28,6 +28,20 @@ class InternVL(VideoLM):
     vision_attention: ClassVar[str] = "attention"
 
     @property
+    def interpolates(self) -> bool:
+        """InternViT fits its position table by itself."""
+        return False
+
+    @property
+    def patches_per_cell(self) -> int:  # type: ignore[override]
+        """Pixel shuffle joins this many patches along each side."""
+        return round(1 / self.config.downsample_ratio)
+
+    def resizable(self, kind: str) -> bool:  # noqa: ARG002
+        """Every tile is."""
+        return True
+
+    @property
     def has_class_token(self) -> bool:
         """InternViT has one; the select strategy "default" cuts it off."""
         return getattr(self.config, "vision_feature_select_strategy", "default") == "default"

@@ -18,6 +18,12 @@ class TiledVideoLM(VideoLM):
         """CLIP towers have one; the select strategy "default" cuts it off."""
         return getattr(self.config, "vision_feature_select_strategy", "default") == "default"
 
+    patches_per_cell: ClassVar[int] = 2
+
+    def resizable(self, kind: str) -> bool:
+        """Tiled images are not: their tiles are packed by their full size."""
+        return kind == "video"
+
     def tiles(self, encoded: Encoded) -> list[int]:
         """Number of tiles of each image."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from mmaccel.adapters.base import VideoLM, raster
+from mmaccel.adapters.towers import PackedTower
 from mmaccel.core.prefill import Encoded, ItemLayout
 
 
@@ -19,6 +20,10 @@ class Qwen2VL(VideoLM):
     vision_layers: ClassVar[str] = "blocks"
     vision_attention: ClassVar[str] = "attn"
     projector: ClassVar[str] = "visual.merger"
+
+    def tower(self) -> PackedTower:
+        """Patches of all items in one row."""
+        return PackedTower(self.config.vision_config)
 
     def grids(self, encoded: Encoded) -> torch.Tensor:
         """int64 [items, 3]: patches of each item along time, height and width."""
@@ -41,9 +46,13 @@ class Qwen2VL(VideoLM):
         """Mean over the patches that the merger joins; attention runs frame by frame, so every frame sums to one."""
         unit = self.config.vision_config.spatial_merge_size**2
         flat = torch.cat([part.flatten() for part in encoded.scores[kind]])
-        return self.in_order(encoded, flat.view(-1, unit).mean(1))
+        grids = encoded.thinned[-1].grids if encoded.thinned else self.grids(encoded)
+        scores = self.in_order(grids, flat.view(-1, unit).mean(1))
+        for thinned in reversed(encoded.thinned):
+            scores = thinned.tokens(scores)
+        return scores
 
-    def in_order(self, encoded: Encoded, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """From the order of the blocks to the order of the features."""
         return scores
 
@@ -58,13 +67,13 @@ class Qwen25VL(Qwen2VL):
         """The last full-attention block."""
         return max(self.config.vision_config.fullatt_block_indexes)
 
-    def in_order(self, encoded: Encoded, scores: torch.Tensor) -> torch.Tensor:
+    def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The blocks work in window order."""
         from transformers.vision_utils import get_vision_window_index
 
         vision: Any = self.config.vision_config
         order, _ = get_vision_window_index(
-            self.grids(encoded),
+            grids,
             spatial_merge_size=vision.spatial_merge_size,
             window_size=vision.window_size,
             patch_size=vision.patch_size,

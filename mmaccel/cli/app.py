@@ -142,7 +142,7 @@ def main(words: Sequence[str] | None = None) -> int:
         code = app(args=arguments, prog_name="mmaccel", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _UsageProblem as error:
-        return _fail(f"{error.format_message()} See mmaccel --help.", error.exit_code)
+        return _fail(error.format_message().rstrip(".") + " (see mmaccel --help)", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted.", 130)
     except Exception as error:

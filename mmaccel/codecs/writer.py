@@ -83,10 +83,11 @@ def _pictures(frames: np.ndarray | torch.Tensor) -> np.ndarray:
     """Check the frames and bring them to [T, H, W, 3]."""
     if isinstance(frames, torch.Tensor):
         wanted, usable = "a tensor [T, 3, H, W]", frames.dtype == torch.uint8 and frames.ndim == 4
-        array = frames.detach().cpu().permute(0, 2, 3, 1).numpy() if usable else np.empty(0)
+        array = frames.detach().cpu().permute(0, 2, 3, 1).numpy() if usable else None
     else:
-        wanted, array = "an array [T, H, W, 3]", np.asarray(frames)
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not array.size:
+        wanted, usable = "an array [T, H, W, 3]", frames.dtype == np.uint8 and frames.ndim == 4
+        array = frames if usable else None
+    if array is None or array.shape[-1] != 3 or not array.size:
         raise VideoError(
             f"frames must be {wanted} of uint8 with at least one frame, not {frames.dtype} {tuple(frames.shape)}"
         )

@@ -1,12 +1,15 @@
-"""A cache layer that holds fewer tokens than the model believes to have seen.
+"""A cache whose layers hold fewer tokens than the model believes to have seen.
 
 transformers asks a cache layer two questions: how many tokens have passed (which sets the positions of the next ones,
 and how many ids `generate` cuts off) and how many keys there are to attend to (which sizes the mask). After a
-reduction the answers differ. The difference is given as the mask's key offset, as sliding-window layers do it.
+reduction the answers differ. The difference is given as the mask's key offset, as sliding-window layers do it. Which
+tokens are held is written in the `Ledger` that all layers of a cache share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +17,64 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmaccel.errors import NotApplicableError
 
-__all__ = ["PrunedLayer", "first_pruned", "pruned_cache"]
+__all__ = ["Kept", "Ledger", "PrunedLayer", "ledger_of", "pruned_cache"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a group of layers held when the last reduction was done; every token that came later is held as well.
+
+    source: int64 [B, n], the index of each key in the sequence that the model has seen. valid: bool [B, n], False for
+    padding. columns: int64 [B, n], the index of each key among those of layer 0, None where they are the same. full:
+    whether nothing is padding.
+    """
+
+    source: torch.Tensor
+    valid: torch.Tensor
+    columns: torch.Tensor | None
+    full: bool
+
+    def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Kept:
+        """The same for another choice of batch rows."""
+        columns = None if self.columns is None else change(self.columns)
+        return replace(self, source=change(self.source), valid=change(self.valid), columns=columns)
+
+
+@dataclass
+class Ledger:
+    """The book of a cache from which tokens have been taken out.
+
+    groups: what the layers from that number on hold. seen: tokens that the model had seen when the last reduction was
+    done. shift: int64 [B], how much smaller the next position is than the number of tokens seen says (compacted
+    positions), None if nothing was compacted. served: whether our hooks are at work in the call that is going on.
+    """
+
+    groups: dict[int, Kept] = field(default_factory=dict)
+    seen: int = 0
+    shift: torch.Tensor | None = None
+    served: bool = False
+
+    def at(self, layer: int) -> Kept:
+        """What layer number `layer` holds."""
+        return self.groups[max(first for first in self.groups if first <= layer)]
+
+    def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Choose batch rows anew."""
+        self.groups = {first: kept.rows(change) for first, kept in self.groups.items()}
+        self.shift = None if self.shift is None else change(self.shift)
+
+    def check_unaided(self, queries: int) -> None:
+        """Refuse a call without our hooks where the library alone would compute something wrong.
+
+        Raises:
+            NotApplicableError: masks, positions or lengths of the layers need the hooks.
+        """
+        alike = all(kept.full for kept in self.groups.values()) and (queries == 1 or len(self.groups) == 1)
+        if self.shift is not None or not alike:
+            raise NotApplicableError(
+                "this cache holds a reduced prompt and the method that reduced it is removed or paused; put it on again "
+                "to go on with the cache, or start with a new one."
+            )
 
 
 class PrunedLayer(DynamicLayer):
@@ -22,18 +82,14 @@ class PrunedLayer(DynamicLayer):
 
     Attributes:
         hidden: tokens that the model has seen and this layer has not.
-        valid: bool [B, keys held], False for padding.
-        columns: int64 [B, keys held], for each key the index it has among the keys of layer 0; None where they agree.
-        shift: int64 [B], how much smaller the next position is than the number of tokens seen says (compacted
-            positions); read from layer 0.
+        ledger: the book of the cache, None before a reduction; layer 0 (`keeper`) keeps it.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, keeper: bool = False) -> None:
+        super().__init__()
         self.hidden = 0
-        self.valid: torch.Tensor | None = None
-        self.columns: torch.Tensor | None = None
-        self.shift: torch.Tensor | None = None
+        self.keeper = keeper
+        self.ledger: Ledger | None = None
 
     @property
     def held(self) -> int:
@@ -48,32 +104,42 @@ class PrunedLayer(DynamicLayer):
         """Keys to attend to, and the index of the first of them in the sequence that the model has seen."""
         return self.held + query_length, self.hidden
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens, which must all be younger than the last reduction."""
-        super().crop(tokens_to_remove)
-        if tokens_to_remove and self.is_initialized:
-            self._cut_to_held()
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new keys and values.
 
-    def _cut_to_held(self) -> None:
-        if self.valid is not None:
-            self.valid = self.valid[:, : self.held]
-        if self.columns is not None:
-            self.columns = self.columns[:, : self.held]
+        Raises:
+            NotApplicableError: the hooks that a reduced cache needs have been taken off the model.
+        """
+        if self.ledger is not None and not self.ledger.served:
+            self.ledger.check_unaided(key_states.shape[-2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens.
+
+        Raises:
+            NotApplicableError: some of them are older than the last reduction.
+        """
+        if self.ledger is not None and -tokens_to_remove > self.get_seq_length() - self.ledger.seen:
+            raise NotApplicableError(
+                f"the last {-tokens_to_remove} tokens cannot be cut off: the prompt before them was reduced as a whole."
+            )
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Empty the layer."""
         super().reset()
-        self.hidden, self.valid, self.columns, self.shift = 0, None, None, None
+        self.hidden, self.ledger = 0, None
 
-    def _rows(self, change: Any) -> None:
-        for name in ("valid", "columns", "shift"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, change(tensor))
+    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.keeper and self.ledger is not None:
+            self.ledger.rows(change)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the batch rows for beam search."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -87,10 +153,10 @@ class PrunedLayer(DynamicLayer):
         self._rows(lambda tensor: tensor[indices.to(tensor.device)])
 
 
-def first_pruned(cache: Any) -> PrunedLayer | None:
-    """Layer 0 of `cache` if a reduction has turned its layers into pruned ones."""
+def ledger_of(cache: Any) -> Ledger | None:
+    """The book of `cache` if tokens have been taken out of what it has seen."""
     layers = getattr(cache, "layers", None)
-    return layers[0] if layers and isinstance(layers[0], PrunedLayer) else None
+    return layers[0].ledger if layers and isinstance(layers[0], PrunedLayer) else None
 
 
 def pruned_cache(cache: Any, config: Any, num_layers: int) -> Cache:
@@ -105,19 +171,17 @@ def pruned_cache(cache: Any, config: Any, num_layers: int) -> Cache:
         raise NotApplicableError(
             f"past_key_values is a {type(cache).__name__}; pass a transformers DynamicCache or none."
         )
-    for index in range(num_layers):
-        if index >= len(cache.layers):
-            cache.layers.append(PrunedLayer())
-            continue
-        layer = cache.layers[index]
-        if isinstance(layer, PrunedLayer):
-            continue
-        if type(layer) is not DynamicLayer:
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, PrunedLayer):
             raise NotApplicableError(
                 f"cache layer {index} is a {type(layer).__name__}, whose length cannot shrink; use the default dynamic "
                 "cache (no cache_implementation in generate)."
             )
-        pruned = PrunedLayer()
-        vars(pruned).update(vars(layer))
-        cache.layers[index] = pruned
+    for index in range(num_layers):
+        if index >= len(cache.layers):
+            cache.layers.append(PrunedLayer(keeper=index == 0))
+        elif type(cache.layers[index]) is DynamicLayer:
+            pruned = PrunedLayer(keeper=index == 0)
+            vars(pruned).update(vars(cache.layers[index]))
+            cache.layers[index] = pruned
     return cache

@@ -54,6 +54,7 @@ class Encoded:
     output: Any = None
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     recorders: dict[str, object] = field(default_factory=dict)
+    thinned: list[Any] = field(default_factory=list)
     finite: bool = True
 
 
@@ -788,3 +789,9 @@ def _deepstack(site: Site) -> Callable[..., Any]:
             forward.deepstack = False
 
     return around
+
+
+def encoding(site: Site) -> Encoded | None:
+    """The encoder call that is running in this context, for those that change what the tower is given."""
+    calls = _calls(site)
+    return calls.encoding if calls is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -23,16 +24,18 @@ class Run:
     meet. Nested calls (generate -> forward) share the run of the outermost one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        self.root = weakref.ref(root)
         self.scopes: set[object] = set()
         self.methods = 0
         self._state: dict[type, Any] = {}
 
     def get(self, kind: type[T]) -> T:
         """The state object of class `kind`, made on first use."""
-        if kind not in self._state:
-            self._state[kind] = kind()
-        return self._state[kind]
+        state = self._state.get(kind)
+        if state is None:
+            state = self._state[kind] = kind()
+        return state
 
     def drop(self, kind: type) -> None:
         """Forget the state object of class `kind`."""
@@ -41,11 +44,13 @@ class Run:
 
 def current(root: nn.Module) -> Run | None:
     """The run of `root` that is open in this context, or None outside of any call."""
-    return _runs.get().get(id(root))
+    run = _runs.get().get(id(root))
+    # a run that was left open by a model which is gone must not be taken for that of a model at the same address
+    return run if run is not None and run.root() is root else None
 
 
 def _open(root: nn.Module) -> Run:
-    run = Run()
+    run = Run(root)
     _runs.set({**_runs.get(), id(root): run})
     return run
 
@@ -55,26 +60,30 @@ def _close_if_done(root: nn.Module, run: Run) -> None:
         _runs.set({key: value for key, value in _runs.get().items() if key != id(root)})
 
 
-def open_around_forward(patcher: Patcher, root: nn.Module) -> None:
-    """Keep a run of `root` open during every call of it, also one that raises."""
+def open_around_forward(patcher: Patcher, module: nn.Module, root: nn.Module | None = None) -> None:
+    """Keep a run of `root` (by default of `module` itself) open during every call of `module`, also one that raises."""
+    owner = module if root is None else root
     scope = object()
 
     def enter(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        run = current(root)
-        # torch does not call its hooks after a KeyboardInterrupt. A root never calls itself, so a scope that is
+        run = current(owner)
+        # torch does not call its hooks after a KeyboardInterrupt. A module never calls itself, so a scope that is
         # still open belongs to such a call, and its state must not reach this one.
         if run is None or (scope in run.scopes and not run.methods):
-            run = _open(root)
+            run = _open(owner)
         run.scopes.add(scope)
 
     def leave(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any = None) -> None:
-        run = current(root)
+        run = current(owner)
         if run is not None:
             run.scopes.discard(scope)
-            _close_if_done(root, run)
+            _close_if_done(owner, run)
 
-    patcher.before(root, enter, first=True)
-    patcher.after(root, leave, always=True)
+    # `leave` also closes what an interrupted call has left open when the hooks go
+    reference = weakref.ref(owner)
+    patcher.on_undo(lambda: leave(owner, (), {}) if reference() is not None else None)
+    patcher.before(module, enter, first=True)
+    patcher.after(module, leave, always=True)
 
 
 def open_around_method(patcher: Patcher, obj: Any, name: str, root: nn.Module) -> None:

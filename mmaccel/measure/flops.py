@@ -1,45 +1,109 @@
-"""FLOPs by torch's counter, and by the closed forms that papers use."""
+"""FLOPs by torch's counter, by exact closed forms, and by the closed form that papers print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmaccel.adapters import video_lm
+from mmaccel.errors import MMAccelError
+from mmaccel.measure.boundaries import split, watch
+from mmaccel.measure.stages import first_token
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["count_flops", "encoder_flops", "paper_prefill_macs", "prefill_flops"]
 
 
-def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Count the FLOPs of one call to the first token by torch's counter: "encode", "project", "prefill", "rest", "total".
+def _attention_received(q: Any, k: Any, rows: Any, *_: Any, **__: Any) -> int:
+    B, H, Sq, D = q
+    return 2 * B * H * (Sq if rows is None else rows[1]) * k[2] * D
 
-    A multiply-accumulate counts 2. Counted: matrix products, convolutions, fused attention and the attention-received
-    op ("overhead", contained in the stages). Not counted: norms, activations, softmax, sorting, gathering. Attention
-    counts whole squares, also where it is causal.
+
+def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Count the FLOPs of one call to the first token: encode, project, prefill, rest, their total, and overhead.
+
+    A multiply-accumulate counts 2. Counted are matrix products, convolutions, fused attention (also on a CPU) and
+    mmaccel's attention-received op; "overhead" is what mmaccel does of this, contained in the stages. Not
+    counted are norms, activations, softmax, sorting and gathering. Attention counts as a whole square, also where it
+    is causal.
+
+    Raises:
+        AdapterError: the model is no vision-language model that has an adapter.
     """
-    raise NotImplementedError
+    import mmaccel.kernels.attention_received  # noqa: F401 - registers the op
+
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mmaccel.attention_received.default: _attention_received}
+    )
+    with watch(model, counter.get_total_flops) as spans, counter:
+        first_token(model, inputs)
+    total = counter.get_total_flops()
+    stages, own = split(spans.totals(lambda start, end: end - start), total)
+    return {**{name: int(value) for name, value in stages.items()}, "total": total, "overhead": int(own)}
 
 
 def paper_prefill_macs(tokens: Sequence[float], width: int, inner: int) -> float:
-    """Sum of `4 n d^2 + 2 n^2 d + 2 n d m` over the decoder layers, `tokens` giving n of each.
+    """Sum of `4 n d^2 + 2 n^2 d + 2 n d m` over the decoder layers: `tokens` gives n of each, d = width, m = inner.
 
-    This is what HoliTom and its peers print as FLOPs. It counts multiply-accumulates, keys and values of full width
-    and an MLP of two matrices. Seven billion parameters of LLaVA-OneVision (28 layers, n = 6272, d = 3584, m = 18944)
-    give 40.8e12.
+    This is what HoliTom (2025) and its peers print as FLOPs. It counts multiply-accumulates, keys and values of full
+    width and an MLP of two matrices. LLaVA-OneVision-7B (28 layers, n = 6272, d = 3584, m = 18944) gives 40.8e12.
     """
-    raise NotImplementedError
+    return float(sum(4 * n * width**2 + 2 * n**2 * width + 2 * n * width * inner for n in tokens))
 
 
-def prefill_flops(config: Any, tokens: Sequence[float], *, causal: bool = False) -> float:
-    """FLOPs (2 a multiply-accumulate) of a prefill of a model with this config, `tokens` giving n of each layer.
+def prefill_flops(model: Any, tokens: Sequence[float], *, causal: bool = False) -> float:
+    """FLOPs (2 a multiply-accumulate) of the prefill of one prompt, `tokens` giving its length at each decoder layer.
 
-    Grouped keys and values and the gated MLP are counted as they are; the output head is counted for one token.
-    `causal` counts the lower triangle of attention only.
+    Read off the model's own matrices, so grouped keys and values and gated MLPs count as what they are. `causal` counts
+    the triangle of attention that is used, where torch's counter has the square. The output head is not included.
+
+    Raises:
+        MMAccelError: `tokens` has not one entry a decoder layer.
     """
-    raise NotImplementedError
+    site = video_lm(model)
+    if len(tokens) != len(site.layers):
+        raise MMAccelError(
+            f"tokens must have one entry for each of {len(site.layers)} decoder layers, not {len(tokens)}."
+        )
+    config = site.language_model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head
+    total = 0.0
+    for layer, n in zip(site.layers, tokens, strict=True):
+        pairs = n * (n + 1) / 2 if causal else n * n
+        total += 2 * n * _weights(layer) + 4 * pairs * width
+    return total
 
 
-def encoder_flops(config: Any, sequences: Sequence[Sequence[float]]) -> float:
-    """FLOPs (2 a multiply-accumulate) of a vision tower: `sequences[layer]` holds the lengths that attend together.
+def encoder_flops(model: Any, sequences: Sequence[Sequence[float]]) -> float:
+    """FLOPs (2 a multiply-accumulate) of the blocks of a vision tower.
 
-    Patch embedding is counted, the projector is not.
+    `sequences[layer]` holds the lengths that attend together, as `Shapes.vision` does. Patch embedding, merger and
+    projector are not included.
+
+    Raises:
+        MMAccelError: `sequences` has not one entry a vision layer.
     """
-    raise NotImplementedError
+    blocks = video_lm(model).vision_blocks()
+    if len(sequences) != len(blocks):
+        raise MMAccelError(f"sequences must have one entry for each of {len(blocks)} layers, not {len(sequences)}.")
+    total = 0.0
+    for block, lengths in zip(blocks, sequences, strict=True):
+        width = _attention_width(block)
+        total += 2 * sum(lengths) * _weights(block) + 4 * sum(n * n for n in lengths) * width
+    return total
+
+
+def _weights(block: nn.Module) -> int:
+    return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def _attention_width(block: nn.Module) -> int:
+    # a vision block attends at its own width, which is that of its norms
+    weights = (getattr(module, "weight", None) for module in block.modules())
+    return next(w.numel() for w in weights if isinstance(w, torch.Tensor) and w.ndim == 1)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmaccel.errors import MMAccelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Peak", "peak_memory"]
+
+_STATUS, _STATM, _RESET = Path("/proc/self/status"), Path("/proc/self/statm"), Path("/proc/self/clear_refs")
+_INTERVAL = 0.002
 
 
 @dataclass
@@ -16,7 +28,7 @@ class Peak:
 
     peak: largest amount held at one time. growth: the same above what was held when the block began. method: how it
     was measured: "cuda allocator", "rss high-water mark" (reset at the start, exact) or "rss samples" (every 2 ms, may
-    miss a shorter peak).
+    miss a shorter peak). On a CPU it is the memory of the whole process, so free what the block should not inherit.
     """
 
     method: str
@@ -30,7 +42,64 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(device: Any = "cpu") -> Iterator[Peak]:
-    """Measure the peak memory of a block: `with peak_memory(model.device) as peak: ...; peak.growth`."""
-    raise NotImplementedError
-    yield
+def peak_memory(device: str | torch.device = "cpu") -> Iterator[Peak]:
+    """Measure the peak memory of a block: `with peak_memory(model.device) as peak: ...; peak.growth`.
+
+    Raises:
+        MMAccelError: neither CUDA nor a system with /proc, so there is nothing to read.
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        peak = Peak("cuda allocator", torch.cuda.memory_allocated(place))
+        yield peak
+        torch.cuda.synchronize(place)
+        peak.peak = torch.cuda.max_memory_allocated(place)
+    elif not _STATM.exists():
+        raise MMAccelError("peak memory is read from /proc or from CUDA, and this system has neither.")
+    elif _reset():
+        peak = Peak("rss high-water mark", _resident())
+        yield peak
+        peak.peak = _high_water()
+    else:
+        with _sampled() as peak:
+            yield peak
+
+
+def _resident() -> int:
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _high_water() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _reset() -> bool:
+    """Set the kernel's high-water mark back to what is held now; False where the kernel does not let us."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return any(line.startswith("VmHWM") for line in _STATUS.read_text().splitlines())
+
+
+@contextmanager
+def _sampled() -> Iterator[Peak]:
+    peak = Peak("rss samples", _resident())
+    peak.peak = peak.start
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(_INTERVAL):
+            peak.peak = max(peak.peak, _resident())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        peak.peak = max(peak.peak, _resident())

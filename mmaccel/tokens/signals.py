@@ -34,13 +34,14 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _check_mask(mask: torch.Tensor | None, shape: torch.Size) -> None:
+    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+        raise MethodError(f"the mask must be bool of shape {tuple(shape)}; got {mask.dtype} {tuple(mask.shape)}")
+
+
 def _eligible(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    scores = scores.float()
-    if mask is None:
-        return scores
-    if mask.shape != scores.shape or mask.dtype != torch.bool:
-        raise MethodError(f"the mask must be bool of shape {tuple(scores.shape)}; got {mask.dtype} {tuple(mask.shape)}")
-    return scores.masked_fill(~mask, -torch.inf)
+    _check_mask(mask, scores.shape)
+    return scores.float() if mask is None else scores.float().masked_fill(~mask, -torch.inf)
 
 
 def _ndim(name: str, x: torch.Tensor, layout: str) -> None:
@@ -112,6 +113,7 @@ def cosine_to_previous_frame(x: torch.Tensor, mask: torch.Tensor | None = None) 
     is HoliTom's s[t, p]; the signal to keep by is `temporal_change`.
     """
     _ndim("x", x, "(B, T, S, D)")
+    _check_mask(mask, x.shape[:3])
     both = None if mask is None else mask[:, 1:] & mask[:, :-1]
     return _eligible(_cosine(x[:, 1:], x[:, :-1]), both)
 
@@ -150,6 +152,7 @@ def temporal_change(
     inf keeps it before all others. With the default measure this is the signal of EVS (efficient video sampling, vLLM).
     """
     _ndim("x", x, "(B, T, S, D)")
+    _check_mask(mask, x.shape[:3])
     moved = torch.full(x.shape[:3], first, dtype=torch.float32, device=x.device)
     moved[:, 1:] = change(x[:, 1:], x[:, :-1], measure=measure)
     if mask is not None:
@@ -163,6 +166,7 @@ def cosine_to_neighbours(x: torch.Tensor, mask: torch.Tensor | None = None) -> t
     x (B, T, H, W, D); mask (B, T, H, W). A token without a valid neighbour gets 0.
     """
     _ndim("x", x, "(B, T, H, W, D)")
+    _check_mask(mask, x.shape[:4])
     total = torch.zeros(x.shape[:4], dtype=torch.float32, device=x.device)
     count = torch.zeros_like(total)
     for axis in (2, 3):

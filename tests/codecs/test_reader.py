@@ -248,6 +248,7 @@ def test_edit_list_hides_frames_at_both_ends(clip: Clip, tmp_path: Path) -> None
     video = load_video(path, 50)
     assert loaded_numbers(video) == list(range(7, 57))
     assert loaded_numbers(load_video(path, indices=[-1, 0, 30])) == [56, 7, 37]
+    assert load_video(path, indices=[30], threads=1).decoded == 2  # from the keyframe at 36 on
     np.testing.assert_allclose(video.pts.numpy(), np.arange(50) / 8, atol=1e-6)
 
 

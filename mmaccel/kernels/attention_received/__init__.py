@@ -123,8 +123,7 @@ def _rows(
     return index.where(query_padding.gather(1, index), index.new_tensor(-1))
 
 
-@torch.library.custom_op("mmaccel::attention_received", mutates_args=())
-def _op(
+def _run(
     q: torch.Tensor,
     k: torch.Tensor,
     rows: torch.Tensor | None,
@@ -137,8 +136,7 @@ def _op(
     return cpu.attention_received(q, k, rows, key_padding, causal, heads, scale)
 
 
-@_op.register_fake
-def _(
+def _fake(
     q: torch.Tensor,
     k: torch.Tensor,
     rows: torch.Tensor | None,  # noqa: ARG001
@@ -149,3 +147,13 @@ def _(
 ) -> torch.Tensor:
     shape = (q.shape[0], q.shape[1], k.shape[2]) if heads else (q.shape[0], k.shape[2])
     return q.new_empty(shape, dtype=torch.float32)
+
+
+# torch.library.custom_op would import torch._dynamo at the first eager call: seconds, in the middle of a first token.
+_library = torch.library.Library("mmaccel", "FRAGMENT")
+_library.define(
+    "attention_received(Tensor q, Tensor k, Tensor? rows, Tensor? key_padding, bool causal, bool heads, float scale)"
+    " -> Tensor"
+)
+_library.impl("attention_received", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("mmaccel::attention_received", _fake, lib=_library)

@@ -1,0 +1,134 @@
+"""What visual tokens are: grids and items, the encoder call that they come from, and where a model keeps its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mmaccel.errors import NotApplicableError
+
+__all__ = ["Encoded", "GridLayout", "ItemLayout", "Site", "VisualTokens"]
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """A grid of visual tokens: `offsets` int64 [T * H * W], where each cell, in raster order, is in its item's run."""
+
+    shape: tuple[int, int, int]
+    offsets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ItemLayout:
+    """One image or video as the language model sees it: `tokens` placeholders, some of them cells of `grids`."""
+
+    kind: str
+    tokens: int
+    grids: tuple[GridLayout, ...]
+
+
+@dataclass
+class Encoded:
+    """One call of a vision encoder: its arguments, its output, and the raw attention scores of the score layer, by kind.
+
+    `output` is a copy of what the encoder returned, since beam search repeats the features inside of the original
+    (`given`) later on.
+    """
+
+    modality: str
+    arguments: dict[str, Any]
+    output: Any = None
+    given: Any = None
+    scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    recorders: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the vision tower's own output is free of NaN and infinity."""
+        last = getattr(self.given, "last_hidden_state", None)
+        return last is None or bool(torch.isfinite(last).all())
+
+
+class Site(Protocol):
+    """Where things are in a model; adapters implement it."""
+
+    target: nn.Module
+    root: nn.Module
+    language_model: nn.Module
+    encoders: dict[str, str]
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers."""
+        ...
+
+    def decoder_attention(self, layer: int) -> nn.Module:
+        """The attention module of one decoder layer."""
+        ...
+
+    def score_attention(self) -> nn.Module:
+        """The attention module of the vision layer whose output the language model gets."""
+        ...
+
+    def bind(self, modality: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of an encoder call by name."""
+        ...
+
+    def placeholders(self, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """bool [B, S] by modality: where the visual tokens stand; `embeds` are the prompt before features enter it."""
+        ...
+
+    def layout(self, encoded: Encoded, where: torch.Tensor) -> list[ItemLayout]:
+        """The items of one encoder call, in the order of their features."""
+        ...
+
+    def token_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
+        """float32 [tokens of all items]: the raw scores brought to the language model's tokens."""
+        ...
+
+    def module_paths(self) -> tuple[str, str]:
+        """The names of the vision tower and of the projector, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a method sees: N living visual tokens of one grid, or of a whole prompt.
+
+    features: [N, D]. cell: int64 [N], raster index t * H * W + y * W + x. shape: (T, H, W), (0, 0, 0) for a prompt.
+    score: float32 [N] or None. kind: "image", "video" or "prompt". number: which of the prompt's grids this is.
+    contiguous: whether they stand one behind the other, without text or newline tokens in between.
+    """
+
+    features: torch.Tensor
+    cell: torch.Tensor
+    shape: tuple[int, int, int]
+    score: torch.Tensor | None
+    kind: str
+    number: int
+    contiguous: bool = True
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def time(self) -> torch.Tensor:
+        """int64 [N]: the frame of each token."""
+        return self.cell // max(1, self.shape[1] * self.shape[2])
+
+    def frames(self) -> tuple[int, int]:
+        """(frames, tokens per frame) of the living tokens.
+
+        Raises:
+            NotApplicableError: an earlier method has left frames of different sizes.
+        """
+        _, counts = self.time.unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        if not sizes or min(sizes) != max(sizes):
+            raise NotApplicableError(
+                "frames hold different numbers of tokens; put this method before the one that drops."
+            )
+        return len(sizes), sizes[0]
