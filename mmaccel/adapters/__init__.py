@@ -13,9 +13,9 @@ _VIDEO_LM = {
     "llava": "mmaccel.adapters.llava:Llava",
     "llava_next_video": "mmaccel.adapters.llava_next_video:LlavaNextVideo",
     "llava_onevision": "mmaccel.adapters.llava_onevision:LlavaOnevision",
-    "qwen2_vl": "mmaccel.adapters.qwen_vl:Qwen2VL",
-    "qwen2_5_vl": "mmaccel.adapters.qwen_vl:Qwen25VL",
-    "qwen3_vl": "mmaccel.adapters.qwen_vl:Qwen3VL",
+    "qwen2_vl": "mmaccel.adapters.qwen2_vl:Qwen2VL",
+    "qwen2_5_vl": "mmaccel.adapters.qwen2_5_vl:Qwen25VL",
+    "qwen3_vl": "mmaccel.adapters.qwen3_vl:Qwen3VL",
     "internvl": "mmaccel.adapters.internvl:InternVL",
 }
 

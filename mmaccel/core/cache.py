@@ -46,12 +46,14 @@ class Ledger:
 
     groups: what the layers from that number on hold. seen: tokens that the model had seen when the last reduction was
     done. shift: int64 [B], how much smaller the next position is than the number of tokens seen says (compacted
-    positions), None if nothing was compacted. served: whether our hooks are at work in the call that is going on.
+    positions), None if nothing was compacted. moved: whether tokens were taken out in front of layer 0. served: whether
+    our hooks are at work in the call that is going on.
     """
 
     groups: dict[int, Kept] = field(default_factory=dict)
     seen: int = 0
     shift: torch.Tensor | None = None
+    moved: bool = False
     served: bool = False
 
     def at(self, layer: int) -> Kept:

@@ -79,9 +79,8 @@ def open_around_forward(patcher: Patcher, module: nn.Module, root: nn.Module | N
             run.scopes.discard(scope)
             _close_if_done(owner, run)
 
-    # `leave` also closes what an interrupted call has left open when the hooks go
-    reference = weakref.ref(owner)
-    patcher.on_undo(lambda: leave(owner, (), {}) if reference() is not None else None)
+    # when the hooks go, so does what an interrupted call has left open
+    patcher.on_undo(lambda: leave(owner, (), {}))
     patcher.before(module, enter, first=True)
     patcher.after(module, leave, always=True)
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: native resolution, packed patches, 2 x 2 merger, M-RoPE."""
+"""Qwen2-VL: native resolution, packed patches, 2 x 2 merger, M-RoPE."""
 
 from __future__ import annotations
 
@@ -55,34 +55,3 @@ class Qwen2VL(VideoLM):
     def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """From the order of the blocks to the order of the features."""
         return scores
-
-
-class Qwen25VL(Qwen2VL):
-    """Qwen2.5-VL: most blocks attend inside windows, so scores are read at the last block that sees the whole frame."""
-
-    family = "qwen2.5-vl"
-    model_types = ("qwen2_5_vl",)
-
-    def score_layer(self) -> int:
-        """The last full-attention block."""
-        return max(self.config.vision_config.fullatt_block_indexes)
-
-    def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The blocks work in window order."""
-        from transformers.vision_utils import get_vision_window_index
-
-        vision: Any = self.config.vision_config
-        order, _ = get_vision_window_index(
-            grids,
-            spatial_merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            patch_size=vision.patch_size,
-        )
-        return scores[torch.argsort(order.to(scores.device))]
-
-
-class Qwen3VL(Qwen2VL):
-    """Qwen3-VL: features of inner vision layers are added in the first decoder layers (deep stack)."""
-
-    family = "qwen3-vl"
-    model_types = ("qwen3_vl",)

@@ -1,0 +1,33 @@
+"""Qwen2.5-VL: like Qwen2-VL, but most vision blocks attend inside windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmaccel.adapters.qwen2_vl import Qwen2VL
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL: scores are read at the last block that sees the whole frame."""
+
+    family = "qwen2.5-vl"
+    model_types = ("qwen2_5_vl",)
+
+    def score_layer(self) -> int:
+        """The last full-attention block."""
+        return max(self.config.vision_config.fullatt_block_indexes)
+
+    def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The blocks work in window order."""
+        from transformers.vision_utils import get_vision_window_index
+
+        vision: Any = self.config.vision_config
+        order, _ = get_vision_window_index(
+            grids,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return scores[torch.argsort(order.to(scores.device))]
