@@ -93,7 +93,7 @@ def outline(source: str) -> Any:
     try:
         return _from_config(source, where)
     except MMAccelError as error:
-        if Path(source).exists():
+        if Path(source).exists() or (where and not _cached(source, "model_index.json")):
             raise
         try:
             return _diffusion(source, where)
@@ -153,6 +153,12 @@ def _offline() -> bool:
     except OSError:
         return True
     return False
+
+
+def _cached(source: str, name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source, name), str)
 
 
 def _attempt(source: str, action: Callable[[], Any]) -> Any:

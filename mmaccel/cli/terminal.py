@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -28,7 +27,7 @@ class Terminal:
 
     `show` prints for people and is silent under `as_json`; `finish` prints the document and is silent otherwise.
     Inside the block stdout is stderr under `as_json`, so that what a library prints cannot spoil the document; warnings
-    come as one line each.
+    of mmaccel come as one line each.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -43,8 +42,9 @@ class Terminal:
         if self.as_json:
             self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         self._stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
+        # Only what mmaccel itself has to say; the deprecations of libraries are not the user's business.
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="mmaccel")
         warnings.showwarning = self._warn
         return self
 
@@ -72,11 +72,6 @@ class Terminal:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         return Progress(*columns, console=self.stderr, transient=True, disable=not self.stderr.is_terminal)
-
-    @property
-    def columns(self) -> int:
-        """Width of the terminal in characters."""
-        return shutil.get_terminal_size((140, 24)).columns
 
 
 def _plain(value: Any) -> Any:

@@ -74,8 +74,8 @@ class Ledger:
         alike = all(kept.full for kept in self.groups.values()) and (queries == 1 or len(self.groups) == 1)
         if self.shift is not None or not alike:
             raise NotApplicableError(
-                "this cache holds a reduced prompt and the method that reduced it is removed or paused; put it on again "
-                "to go on with the cache, or start with a new one."
+                "this cache holds a reduced prompt and the method that reduced it is removed or paused; put it on "
+                "again to go on with the cache, or start with a new one."
             )
 
 

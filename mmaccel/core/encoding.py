@@ -12,7 +12,7 @@ from mmaccel.core.forward import calls_of
 from mmaccel.core.layout import Encoded, Site
 from mmaccel.kernels.attention_received import attention_received
 
-__all__ = ["note_encoding", "record_scores"]
+__all__ = ["encoding", "note_encoding", "record_scores"]
 
 
 def note_encoding(site: Site, modality: str) -> Callable[..., Any]:
@@ -32,6 +32,12 @@ def note_encoding(site: Site, modality: str) -> Callable[..., Any]:
         return encoded.given
 
     return around
+
+
+def encoding(site: Site) -> Encoded | None:
+    """The encoder call that is running on this model in this context, if there is one."""
+    calls = calls_of(site)
+    return calls.encoding if calls is not None else None
 
 
 def record_scores(site: Site, kind: str) -> Callable[..., None]:

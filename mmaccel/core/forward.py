@@ -20,7 +20,7 @@ Count = Callable[..., None]
 
 
 class Grid(NamedTuple):
-    """One grid of the prompt: its layout and kind, where its scores stand in its encoder call, the rows that show it."""
+    """A grid of the prompt: its layout and kind, the span of its scores in its encoder call, the rows that show it."""
 
     layout: GridLayout
     kind: str
@@ -29,7 +29,8 @@ class Grid(NamedTuple):
     rows: range
 
 
-class Level(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Level:
     """What the decoder layers from `first` on see: their tokens, and how these came from those of the level before.
 
     index: int64 [B, L], where each stands among the tokens of layer 0.
@@ -46,14 +47,17 @@ class Level(NamedTuple):
 class Forward:
     """One forward; made anew at the start of each.
 
-    input_ids, inputs_embeds: the prompt as the root module got it. tokens: what every token is, None without visual
-    ones. length: tokens in this call before any reduction. seen: tokens seen before it. held, hidden: keys in layer 0
-    before it, and how many were seen more. old_valid: bool [B, held], what the mask says of these. levels: reductions between layers, in the order of the layers.
+    input_ids, inputs_embeds: the prompt as the root module got it. foreign: a modality whose features were encoded
+    outside of the run. tokens: what every living token is, None without visual ones; first_tokens: those of layer 0.
+    length: tokens in this call before any reduction. seen: tokens seen before it. held: keys in each layer before it.
+    hidden: how many were seen more. old_valid: bool [B, held], what the mask says of these. levels: reductions between
+    layers, in the order of the layers. fitted, shared: layers whose keywords are done, and what they have in common.
     """
 
     input_ids: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    foreign: str | None = None
     tokens: TokenMap | None = None
     first_tokens: TokenMap | None = None
     grids: dict[tuple[int, int], Grid] = field(default_factory=dict)

@@ -32,10 +32,10 @@ class ItemLayout:
 
 @dataclass
 class Encoded:
-    """One call of a vision encoder: its arguments, its output, and the raw attention scores of the score layer, by kind.
+    """One call of a vision encoder: its arguments, its output, and the raw attention scores of one layer, by kind.
 
-    `output` is a copy of what the encoder returned, since beam search repeats the features inside of the original
-    (`given`) later on.
+    output: a copy of what the encoder returned, since beam search repeats the features inside of the original (`given`)
+    later on. thinned: how the tower call was made smaller, outermost first.
     """
 
     modality: str
@@ -44,6 +44,7 @@ class Encoded:
     given: Any = None
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     recorders: dict[str, object] = field(default_factory=dict)
+    thinned: list[Any] = field(default_factory=list)
 
     @property
     def finite(self) -> bool:

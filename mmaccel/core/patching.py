@@ -25,9 +25,9 @@ class _Layers:
 class _Chain:
     """A callable put over a bound method; calls its wrappers, newest outermost, and the original innermost."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Callable[..., Any], own: Any) -> None:
         functools.update_wrapper(self, original)
-        self.original = original
+        self.original, self.own = original, own
         self.wrappers: list[Callable[..., Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +81,7 @@ class Patcher:
         """Call `wrapper(original, *args, **kwargs)` wherever the method `name` of this one object is called."""
         chain = vars(obj).get(name)
         if not isinstance(chain, _Chain):
-            chain = _Chain(getattr(obj, name))
-            chain.own = vars(obj).get(name, _ABSENT)  # type: ignore[attr-defined]
+            chain = _Chain(getattr(obj, name), vars(obj).get(name, _ABSENT))
             vars(obj)[name] = chain
         chain.wrappers.append(wrapper)
         reference = weakref.ref(obj)
@@ -103,7 +102,8 @@ def _unset(obj: Any, name: str, value: Any) -> None:
         return
     layers = _overrides[obj][name]
     on_top = layers.values and layers.values[-1] is value
-    layers.values.remove(value)
+    # by identity: two values of two patchers may be equal, as configs are
+    del layers.values[next(i for i, other in enumerate(layers.values) if other is value)]
     if on_top and vars(obj).get(name, _ABSENT) is value:
         below = layers.values[-1] if layers.values else layers.original
         if below is _ABSENT:
@@ -121,8 +121,7 @@ def _unwrap(obj: Any, name: str, chain: _Chain, wrapper: Callable[..., Any]) -> 
     # Somebody may have wrapped our chain since; an empty chain is a plain call of the original, so it may stay there.
     if obj is None or chain.wrappers or vars(obj).get(name) is not chain:
         return
-    own = chain.own  # type: ignore[attr-defined]
-    if own is _ABSENT:
+    if chain.own is _ABSENT:
         del vars(obj)[name]
     else:
-        vars(obj)[name] = own
+        vars(obj)[name] = chain.own

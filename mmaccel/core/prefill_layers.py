@@ -105,7 +105,7 @@ def _decide(
 
 
 def fit_layer(site: Site, number: int) -> Callable[..., Any]:
-    """A hook that brings the keywords of decoder layer `number` in line with the tokens and keys that are alive there."""
+    """A hook that brings the keywords of decoder layer `number` in line with the tokens and keys alive there."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         calls = calls_of(site)
@@ -146,10 +146,8 @@ def _keywords(
     return changed
 
 
-def _mask(
-    site: Site, forward: Forward, number: int, mask: Any, level: Level | None, cos: torch.Tensor
-) -> torch.Tensor:
-    """The mask of one layer, made from that of layer 0: rows of the tokens alive there, columns of the keys held there."""
+def _mask(site: Site, forward: Forward, number: int, mask: Any, level: Level | None, cos: torch.Tensor) -> torch.Tensor:
+    """The mask of a layer, made from that of layer 0: rows of the tokens alive, columns of the keys held there."""
     device, L = cos.device, cos.shape[1]
     if mask is not None and not isinstance(mask, torch.Tensor):
         raise NotApplicableError(
@@ -174,7 +172,8 @@ def _mask(
 
 
 def _causal(site: Site, rows: torch.Tensor, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    implementation = site.language_model.config._attn_implementation or "eager"  # type: ignore[union-attr]
+    config: Any = site.language_model.config
+    implementation = config._attn_implementation or "eager"
     if "flash" in implementation:
         return valid
     q, kv = rows.shape[1], valid.shape[1]

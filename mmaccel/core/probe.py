@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,8 @@ __all__ = ["Listener", "probe_attention"]
 Listener = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", dict[str, Any]], None]
 
 _PREFIX = "mmaccel_probe_"
-_listeners: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
+# Kept in the copied config, so that the model alone holds its listeners, which hold the model.
+_LISTENERS = "_mmaccel_listeners"
 
 
 def _probed_attention(
@@ -37,9 +37,10 @@ def _probed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    for listener in _listeners.get(module, ()):
+    config: Any = module.config
+    for listener in vars(config)[_LISTENERS]:
         listener(query, key, attention_mask, {"scaling": getattr(module, "scaling", None), **kwargs})
-    name = module.config._attn_implementation.removeprefix(_PREFIX)  # type: ignore[union-attr]
+    name = config._attn_implementation.removeprefix(_PREFIX)
     # "eager" is in no table: each modeling file has its own function of this name
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type]
@@ -52,21 +53,20 @@ def probe_attention(patcher: Patcher, module: nn.Module, listener: Listener) -> 
     Raises:
         AdapterError: the module does not choose its attention function through a config.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if config is None or not hasattr(config, "_attn_implementation"):
         raise AdapterError(
             f"{type(module).__name__} does not choose its attention function by config, so its scores cannot be read; "
             "use a method that needs no attention (mmaccel list)."
         )
     name = config._attn_implementation or "eager"
+    probed = copy.copy(config)
     if not name.startswith(_PREFIX):
         AttentionInterface.register(_PREFIX + name, _probed_attention)
-        probed = copy.copy(config)
         # the property's setter would reach into sub-configs, which the copy shares with the original
         probed._attn_implementation_internal = _PREFIX + name
-    else:
-        probed = copy.copy(config)
+        vars(probed)[_LISTENERS] = []
+    listeners = vars(probed)[_LISTENERS]  # shared by the copies of all patchers
     patcher.set(module, "config", probed)
-    listeners = _listeners.setdefault(module, [])
     listeners.append(listener)
     patcher.on_undo(lambda: listeners.remove(listener))

@@ -60,8 +60,8 @@ def _write_items(
     repeats = placed // total if total else 0
     if repeats == 0 or repeats * total != placed or where.shape[0] % repeats:
         raise NotApplicableError(
-            f"the prompt holds {placed} {encoded.modality} tokens but the encoder made {total}; chunked prefill and partial "
-            "prompts cannot be reduced."
+            f"the prompt holds {placed} {encoded.modality} tokens but the encoder made {total}; a prompt can only be "
+            "reduced as a whole (no prefill_chunk_size)."
         )
     # beam search repeats each prompt in consecutive rows, after its images were encoded once
     start, queue = 0, iter(enumerate(items))

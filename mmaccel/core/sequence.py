@@ -1,7 +1,7 @@
 """What a shorter sequence means for the language model: its keywords, and the book of its cache.
 
 Masks: the caller's mask counts the tokens that were seen; a reduced cache holds fewer. transformers looks columns up by
-the index that it gets from the cache as key offset, so as many columns as are hidden stand in front, whatever is in them.
+the index that it gets from the cache as key offset, so as many columns as are hidden stand in front, of any value.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _mask_of_held(forward: Forward, ledger: Ledger, mask: Any, B: int) -> torch.
     kept, held, seen, S = ledger.groups[0], forward.held[0], forward.seen, forward.length
     later = held - kept.source.shape[1]
     if isinstance(mask, dict):
-        raise NotApplicableError("the cache holds a reduced prompt; pass a 2-D attention_mask instead of prepared masks.")
+        raise NotApplicableError("the cache holds a reduced prompt; pass a 2-D attention_mask, not prepared masks.")
     if not ledger.moved or (mask is None and kept.full):
         return mask
     if mask is None:

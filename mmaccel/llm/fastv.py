@@ -39,10 +39,8 @@ class FastV(Method):
         "llava": {"keep": 0.5, "layer": 2, "source": "paper: K = 2, R = 50 %"}
     }
 
-    def reduce(self, tokens: VisualTokens) -> Reduction | None:
+    def reduce(self, tokens: VisualTokens) -> Reduction:
         """Keep the tokens that the last prompt token attends to most."""
-        if self.neutral:
-            return None
         assert tokens.score is not None
         return Reduction(select.top_k(tokens.score[None], resolve_keep(self.keep, len(tokens)))[0])
 
@@ -56,4 +54,4 @@ class FastV(Method):
 
     def install(self, installer: Installer) -> None:
         """Hand `reduce` to the prefill hooks."""
-        installer.prefill.reduce_inside(self.info.name, self.layer, self.reduce)
+        installer.prefill.reduce_inside(self.info.name, self.layer, None if self.neutral else self.reduce)

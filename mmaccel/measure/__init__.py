@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmaccel.measure.evaluate import Case as Case
-    from mmaccel.measure.evaluate import Evaluation as Evaluation
-    from mmaccel.measure.evaluate import evaluate as evaluate
+    from mmaccel.measure.evaluation import Case as Case
+    from mmaccel.measure.evaluation import Evaluation as Evaluation
+    from mmaccel.measure.evaluation import evaluate as evaluate
     from mmaccel.measure.flops import count_flops as count_flops
     from mmaccel.measure.flops import encoder_flops as encoder_flops
     from mmaccel.measure.flops import paper_prefill_macs as paper_prefill_macs
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mmaccel.measure.stages import ttft as ttft
 
 _HOMES = {
-    "evaluate": ("Case", "Evaluation", "evaluate"),
+    "evaluation": ("Case", "Evaluation", "evaluate"),
     "flops": ("count_flops", "encoder_flops", "paper_prefill_macs", "prefill_flops"),
     "memory": ("Peak", "peak_memory"),
     "pareto": ("Point", "pareto_plot"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmaccel.adapters import video_lm
 from mmaccel.adapters.base import get_module
 from mmaccel.core.patching import Patcher
-from mmaccel.core.probe import _listeners
+from mmaccel.core.probe import _LISTENERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,8 +76,9 @@ def watch(model: Any, read: Callable[[], Any]) -> Iterator[Spans]:
     try:
         # first, because the hooks that follow are ours too but do no work of a method
         _watch_own(patcher, spans, site)
+        running: list[str] = []
         for method in site.encoders.values():
-            _watch_method(patcher, spans, site.root, method)
+            _watch_method(patcher, spans, site.root, method, running)
         _watch_module(patcher, spans, site.vision_tower, "tower")
         projector = get_module(site.root, site.projector)
         if any(module is projector for module in site.vision_tower.modules()):
@@ -102,13 +103,23 @@ def _watch_module(patcher: Patcher, spans: Spans, module: nn.Module, account: st
     patcher.after(module, leave)
 
 
-def _watch_method(patcher: Patcher, spans: Spans, root: nn.Module, name: str) -> None:
-    patcher.wrap(root, name, lambda call, *args, **kwargs: spans.metered("call", call)(*args, **kwargs))
+def _watch_method(patcher: Patcher, spans: Spans, root: nn.Module, name: str, running: list[str]) -> None:
+    def outermost(call: Any, *args: Any, **kwargs: Any) -> Any:
+        # Qwen3-VL's video method calls its image method
+        if running:
+            return call(*args, **kwargs)
+        running.append(name)
+        try:
+            return spans.metered("call", call)(*args, **kwargs)
+        finally:
+            running.clear()
+
+    patcher.wrap(root, name, outermost)
     wrappers = vars(root)[name].wrappers
     if len(wrappers) > 1:
 
         def innermost(call: Any, *args: Any, **kwargs: Any) -> Any:
-            return spans.metered("wrapped", call)(*args, **kwargs)
+            return (spans.metered("wrapped", call) if running == [name] else call)(*args, **kwargs)
 
         wrappers.insert(0, innermost)
         patcher.on_undo(lambda: wrappers.remove(innermost))
@@ -120,7 +131,7 @@ def _watch_own(patcher: Patcher, spans: Spans, site: Any) -> None:
             for key, hook in hooks.items():
                 if getattr(hook, "__module__", "").startswith("mmaccel."):
                     _swap(patcher, hooks, key, spans.metered("own", hook))
-        listeners = _listeners.get(module, [])
+        listeners = vars(getattr(module, "config", spans)).get(_LISTENERS, [])
         for index, listener in enumerate(listeners):
             _swap(patcher, listeners, index, spans.metered("own", listener))
 

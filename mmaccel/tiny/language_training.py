@@ -90,11 +90,11 @@ class Thinning:
         """
         if focus:
             return cls(keep=float(rng.uniform(0.08, 0.3)), by_attention=True, compact=bool(rng.random() < 0.5))
-        dense = rng.random() < 0.25
+        dense = rng.random() < 0.2
         return cls(
             frames=FRAMES if rng.random() < 0.9 else int(rng.integers(4, FRAMES)),
-            keep=1.0 if dense else float(rng.uniform(0.1, 0.7)),
-            by_attention=bool(rng.random() < 0.6),
+            keep=1.0 if dense else float(rng.uniform(0.08, 0.5)),
+            by_attention=bool(rng.random() < 0.5),
             merge=bool(rng.random() < (0.2 if dense else 0.4)),
             compact=bool(rng.random() < 0.5),
         )
@@ -243,9 +243,9 @@ def train_language(
     model: LlavaOnevisionForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     memory: Memory,
-    focus_steps: int,
     steps: int,
     seed: int,
+    focus: bool,
     batch: int = 32,
     peak: float = 2e-3,
     checkpoint: object = None,
@@ -274,10 +274,10 @@ def train_language(
         weights.append(share / share.sum())
     running: dict[str, float] = {}
     clips = len(memory.features)
-    total = focus_steps + steps
-    for step in range(total):
-        cosine(optimizer, step, total, peak)
-        plan = Thinning.draw(rng, focus=step < focus_steps)
+    for step in range(steps):
+        # The first phase only warms up for the second: its rate stays near the peak.
+        cosine(optimizer, step, 5 * steps if focus else steps, peak)
+        plan = Thinning.draw(rng, focus)
         which = rng.integers(clips, size=batch)
         used = np.linspace(0, FRAMES - 1, plan.frames).round().astype(int)
         asked = [rng.choice(len(weights[n]), PER_CLIP, p=weights[n]) for n in which]
@@ -325,8 +325,8 @@ def train_language(
         now |= {"answer": losses[..., 0].mean().detach(), "trait": loss_trait.detach()}
         for name, value in now.items():
             running[name] = 0.97 * running.get(name, value.item()) + 0.03 * value.item()
-        if step % 50 == 0 or step == total - 1:
-            logger.info("language %d/%d %s", step, total, " ".join(f"{n} {v:.3f}" for n, v in running.items()))
+        if step % 50 == 0 or step == steps - 1:
+            logger.info("language %d/%d %s", step, steps, " ".join(f"{n} {v:.3f}" for n, v in running.items()))
         if callable(checkpoint) and step and step % 300 == 0:
             checkpoint(step)
     handle.remove()

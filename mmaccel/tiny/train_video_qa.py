@@ -1,8 +1,8 @@
-"""Train the embedded video-QA model from nothing, on CPU: `python -m mmaccel.tiny.train_video_qa --out FOLDER --work
-SCRATCH`.
+"""Train the embedded video-QA model from nothing, on CPU.
 
-Phases, each kept in the scratch folder and skipped when it is there: render (corpus), encoder (dense labels),
-features, language.
+Run `python -m mmaccel.tiny.train_video_qa --out FOLDER --work SCRATCH`. Phases, each kept in the scratch folder and
+skipped when it is there: render (corpus), encoder (dense labels), features, focus (the language model on few tokens),
+language (the language model on all tokens, and on thinned ones).
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced in one step")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder, about 6 GB for 6,000 clips")
     parser.add_argument("--clips", type=int, default=6000)
-    parser.add_argument("--encoder-steps", type=int, default=900)
-    parser.add_argument("--focus-steps", type=int, default=1500)
-    parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--encoder-steps", type=int, default=700)
+    parser.add_argument("--focus-steps", type=int, default=600)
+    parser.add_argument("--language-steps", type=int, default=800)
     parser.add_argument("--score-clips", type=int, default=300)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
@@ -171,8 +171,14 @@ def main(arguments: list[str] | None = None) -> None:
         logger.info("validation at %d %s", step, " ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         export(model, options.work / "checkpoint", {"step": step, "validation": scores, **facts})
 
+    weights = options.work / "focus.safetensors"
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+    else:
+        train_language(model, tokenizer, memory, options.focus_steps, options.seed, focus=True, checkpoint=checkpoint)
+        save_file(model.state_dict(), weights)
     train_language(
-        model, tokenizer, memory, options.focus_steps, options.language_steps, options.seed, checkpoint=checkpoint
+        model, tokenizer, memory, options.language_steps, options.seed + 1, focus=False, checkpoint=checkpoint
     )
     export(model, options.out, facts)
     facts["seconds"] = round(time.monotonic() - begun)

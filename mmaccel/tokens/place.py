@@ -207,10 +207,12 @@ def place(
 def compact_positions(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
     """Renumber the positions so that the gaps left by dropped visual tokens close.
 
-    One-dimensional ids become consecutive. Multi-axis ids ([P, B, S], M-RoPE): inside an image or video every
-    survivor keeps its (t, y, x) offset, and what follows moves up by as much as the height and width of the item's
-    surviving part have shrunk - the rule of the library that the extent of an item is max(height, width), applied to
-    what is left (inferred; EVS shifts the text behind a pruned video likewise).
+    One-dimensional ids become consecutive. Multi-axis ids ([P, B, S], M-RoPE): a run is an unbroken stretch of tokens
+    of one image or video (a whole item, or one frame of it where time stamps stand between the frames). Inside a run
+    every survivor keeps its (t, y, x) offset; what follows moves up by as much as the largest y or x that survives in
+    the run is smaller than before, and by the whole extent of a run of which nothing is left. That is the library's
+    rule that a run takes max(height, width) positions, applied to what is left (inferred; EVS shifts the text behind a
+    pruned video likewise).
 
     Returns:
         position ids of the new sequence, like `tokens.position` with length L, and int64 [B], by how much the
@@ -218,45 +220,36 @@ def compact_positions(tokens: TokenMap, placement: Placement) -> tuple[torch.Ten
     """
     if tokens.position.dim() == 2:
         return _consecutive(tokens, placement)
-    return _shifted(tokens, placement)
+    return _moved_up(tokens, placement)
 
 
 def _consecutive(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
-    old = placement.along(tokens.position, -1)
-    valid = placement.valid
-    positions, shift = torch.zeros_like(old), torch.zeros(len(old), dtype=torch.int64, device=old.device)
-    for row in range(len(old)):
-        if not valid[row].any():
-            continue
-        first = int(tokens.position[row][tokens.valid[row]].min())
-        last = int(tokens.position[row][tokens.valid[row]].max())
-        n = int(valid[row].sum())
-        positions[row, valid[row]] = first + torch.arange(n, device=old.device)
-        shift[row] = last - (first + n - 1)
-    return positions, shift
+    far = torch.iinfo(torch.int64).max
+    first = tokens.position.masked_fill(~tokens.valid, far).amin(1, keepdim=True)
+    last = tokens.position.masked_fill(~tokens.valid, -far).amax(1, keepdim=True)
+    order = placement.valid.cumsum(1) - 1
+    positions = (first + order).masked_fill(~placement.valid, 0)
+    return positions, (last - first - order[:, -1:]).squeeze(1)
 
 
-def _shifted(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
-    # with four axes the first one counts text tokens and never turns the rotary embedding
-    axes = tokens.position[-2:]
-    positions = placement.along(tokens.position, -1).clone()
-    shift = torch.zeros(positions.shape[1], dtype=torch.int64, device=positions.device)
-    alive = torch.zeros_like(tokens.valid)
-    alive.scatter_(1, placement.index, placement.valid)
-    for row in range(positions.shape[1]):
-        moved = 0
-        for item in tokens.item[row].unique().tolist():
-            if item == TEXT:
-                continue
-            mine = (tokens.item[row] == item) & tokens.valid[row]
-            left = mine & alive[row]
-            if left.any():
-                shrunk = int(axes[:, row, mine].max()) - int(axes[:, row, left].max())
-            else:
-                shrunk = int(axes[:, row, mine].max()) - int(axes[:, row, mine].min()) + 1
-            if shrunk:
-                behind = placement.index[row] > int(mine.nonzero().max())
-                positions[-3:, row, behind & placement.valid[row]] -= shrunk
-                moved += shrunk
-        shift[row] = moved
-    return positions, shift
+def _moved_up(tokens: TokenMap, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    visual = (tokens.item != TEXT) & tokens.valid
+    begins = visual.clone()
+    begins[:, 1:] &= ~visual[:, :-1] | (tokens.item[:, 1:] != tokens.item[:, :-1])
+    number = begins.cumsum(1)  # runs begun so far, so that run 0 stands for "before any"
+    run = number * visual
+    alive = torch.zeros_like(number).scatter_add_(1, placement.index, placement.valid.long()) > 0
+
+    # with four axes the first one counts text tokens; the last two are y and x
+    high, low = tokens.position[-2:].amax(0), tokens.position[-2:].amin(0)
+    slots = torch.zeros(len(run), run.shape[1] + 1, dtype=high.dtype, device=high.device)
+    top = slots.scatter_reduce(1, run, high, "amax", include_self=False)
+    none_left = slots.scatter_reduce(1, run, low, "amin", include_self=False) - 1
+    survivors = torch.where(alive, high, none_left.gather(1, run))
+    moved = top - slots.scatter_reduce(1, run, survivors, "amax", include_self=False)
+    moved[:, 0] = 0
+    moved = moved.cumsum(1)
+
+    positions = tokens.position.clone()
+    positions[-3:] -= moved.gather(1, number - visual.long())
+    return placement.along(positions, -1), moved[:, -1]

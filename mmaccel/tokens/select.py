@@ -175,7 +175,7 @@ def mmr(
     """
     if not 0 <= balance <= 1 or per_round < 1:
         raise MethodError(f"balance={balance} must be in [0, 1] and per_round={per_round} at least 1")
-    eligible = _eligible(scores) & _valid(x, None)
+    eligible = _valid(x, _eligible(scores))
     if bool((scores == torch.inf).any()):
         raise NonFiniteError("scores that are weighed against similarities must be finite; got inf")
     relevance = balance * scores.masked_fill(~eligible, 0)
@@ -196,18 +196,22 @@ def dpp(
     Cholesky factor, O(K^2 N) beside the similarities: Chen et al., "Fast Greedy MAP Inference for Determinantal Point
     Process to Improve Recommendation Diversity" (2018).
     """
+    if scores is not None:
+        mask = _eligible(scores) if mask is None else _eligible(scores) & mask
     eligible = _valid(x, mask)
     unit = _unit(_wide(x))
+    # A square taken from the rounded unit vector would make equal tokens differ in the last bit.
+    quality = unit.any(-1).to(unit.dtype)
     if scores is not None:
-        eligible = eligible & _eligible(scores)
         if bool(((scores < 0) & eligible).any()) or bool((scores == torch.inf).any()):
             raise MethodError("the qualities of a determinantal process must be finite and not negative")
-        unit = unit * scores.masked_fill(~eligible, 0)[..., None]
+        quality = quality * scores.masked_fill(~eligible, 0)
+        unit = unit * quality[..., None]
     counts = exact_counts(k, eligible)
     B, N, _ = unit.shape
     K = _largest(counts)
     columns = _columns(unit)
-    volume = (unit * unit).sum(-1)
+    volume = quality * quality
     floor = 1e-5 * volume
     factor = unit.new_zeros(B, K, N)
     picks = torch.empty(B, K, dtype=torch.int64, device=x.device)

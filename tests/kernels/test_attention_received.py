@@ -32,11 +32,7 @@ def naive(q, k, rows=None, key_ok=None, causal=False, scale=None):
         for h in range(H):
             count = 0
             for i in range(Sq) if rows is None else rows[b]:
-                seen = [
-                    j
-                    for j in range(Sk)
-                    if (key_ok is None or key_ok[b, j]) and (not causal or j <= i + Sk - Sq)
-                ]
+                seen = [j for j in range(Sk) if (key_ok is None or key_ok[b, j]) and (not causal or j <= i + Sk - Sq)]
                 if not seen:
                     continue
                 logits = [

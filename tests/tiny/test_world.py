@@ -14,10 +14,12 @@ from mmaccel.tiny.world import (
     SIZE,
     SPLITS,
     coverage,
+    encode,
     frame_times,
     questions,
     render,
     sample_clip,
+    sample_crowd,
     sample_questions,
 )
 
@@ -160,3 +162,24 @@ def test_bad_requests_are_refused():
         sample_clip(10_000_000)
     with pytest.raises(ValueError, match="at least 1"):
         frame_times(0)
+
+
+def test_encoded_clip_is_the_rendered_clip(tmp_path):
+    av = pytest.importorskip("av")
+    clip = sample_clip(1)
+    encode(clip, tmp_path / "clip.mp4", frames=16)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    rendered = render(clip, frame_times(16))
+    assert decoded.shape == rendered.shape
+    assert np.abs(decoded.astype(int) - rendered).mean() < 8
+
+
+def test_crowds_are_full_and_still():
+    for index in range(20):
+        crowd = sample_crowd(index)
+        assert 5 <= len(crowd.things) <= 10
+        total = sum(coverage(thing, 0.0) for thing in crowd.things)
+        assert total.max() <= 1.0
+        assert all(thing.at(0.0) == thing.at(1.0) and thing.visible(0.5) for thing in crowd.things)

@@ -26,9 +26,7 @@ def test_sums_exactly_within_the_bounds(case):
     weights, floor, room, share = case
     capacity = [lo + r for lo, r in zip(floor, room, strict=True)]
     budget = sum(floor) + round(share * sum(room))
-    got = split(
-        budget, torch.tensor(weights), floor=torch.tensor(floor), capacity=torch.tensor(capacity)
-    ).tolist()
+    got = split(budget, torch.tensor(weights), floor=torch.tensor(floor), capacity=torch.tensor(capacity)).tolist()
     assert sum(got) == budget
     assert all(lo <= g <= hi for lo, g, hi in zip(floor, got, capacity, strict=True))
 
@@ -40,9 +38,7 @@ def test_is_as_close_to_proportional_as_whole_numbers_can_be(case):
     weights = [w + 1 for w in weights]
     capacity = [lo + r for lo, r in zip(floor, room, strict=True)]
     budget = sum(floor) + round(share * sum(room))
-    got = split(
-        budget, torch.tensor(weights), floor=torch.tensor(floor), capacity=torch.tensor(capacity)
-    ).tolist()
+    got = split(budget, torch.tensor(weights), floor=torch.tensor(floor), capacity=torch.tensor(capacity)).tolist()
     for i, j in itertools.permutations(range(len(got)), 2):
         if got[i] > floor[i] and got[j] < capacity[j]:
             # Proportional shares differ from whole ones by less than one: taking one from i leaves it not above j's.

@@ -1,0 +1,80 @@
+"""Encode the same clips once for many settings: the encoder method of a model answers from memory.
+
+What stands in memory is what the method returned and what mmaccel noted about that call, so a setting that meets it is
+none the wiser. Settings that treat the encoder differently (fewer frames, scores read or not) have a memory of their
+own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmaccel.core.encoding import encoding
+from mmaccel.measure.flops import encoder_flops
+from mmaccel.measure.shapes import record_shapes
+from mmaccel.method import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from mmaccel.core.patching import Patcher
+    from mmaccel.method import Method
+
+__all__ = ["Replay", "encoder_key"]
+
+
+@dataclass
+class _Kept:
+    output: Any
+    scores: dict[str, Any]
+    thinned: list[Any]
+
+
+def encoder_key(methods: Sequence[Method]) -> Hashable:
+    """Equal for stacks that make the encoder do the same: what works in it, and what is read from it."""
+    inside = tuple(method.spec for method in methods if method.info.stage < Stage.BEFORE_LLM)
+    read = {need for method in methods if not method.neutral for need in method.info.needs if "vision" in need}
+    return inside, frozenset(read), bool(methods)
+
+
+class Replay:
+    """Stands in for the encoder methods of one model until `patcher` is undone; put on before any handle.
+
+    Set `key` before each setting; calls under a key that is known are answered from memory (unless `share` is off).
+    Made for one batch: every call must have the same pixels.
+    """
+
+    def __init__(self, site: Any, patcher: Patcher, *, share: bool) -> None:
+        self.site, self.share = site, share
+        self.key: Hashable = None
+        self._flops: dict[tuple[str, Hashable], float] = {}
+        self._kept: dict[tuple[str, Hashable], _Kept] = {}
+        for modality, method in site.encoders.items():
+            patcher.wrap(site.root, method, self._around(modality))
+
+    @property
+    def flops(self) -> float:
+        """Closed-form FLOPs of the tower under the present key, all items of the batch together."""
+        return sum(flops for (_, key), flops in self._flops.items() if key == self.key)
+
+    def _around(self, modality: str) -> Any:
+        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+            key = (modality, self.key)
+            record = encoding(self.site)
+            kept = self._kept.get(key)
+            if kept is None:
+                with record_shapes(self.site.target) as shapes:
+                    output = call(*args, **kwargs)
+                self._flops[key] = encoder_flops(self.site.target, shapes.vision)
+                if self.share:
+                    scores, thinned = (dict(record.scores), list(record.thinned)) if record else ({}, [])
+                    self._kept[key] = _Kept(copy.copy(output), scores, thinned)
+                return output
+            if record is not None:
+                record.scores.update(kept.scores)
+                record.thinned.extend(kept.thinned)
+            return copy.copy(kept.output)
+
+        return around

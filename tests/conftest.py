@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """model(family) -> its tiny model, built once a session; a test must leave it as it was."""
+    built = {}
+
+    def get(family):
+        if family.name not in built:
+            built[family.name] = family.build()
+        return built[family.name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left():
+    """No test may leave a handle on a model or a call open."""
+    yield
+    import sys
+
+    if "mmaccel.handle" in sys.modules:
+        from mmaccel import handle
+
+        assert not any(handle._active.values())
+    if "mmaccel.core.run" in sys.modules:
+        from mmaccel.core import run
+
+        assert run._runs.get() == {}
