@@ -135,3 +135,36 @@ def closed_up(position, places, kept):
             moved += max(high.values()) - (max(left) if left else lowest - 1)
         i = j
     return torch.stack(out, 1)
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def snapshot(model):
+    """Everything that can be told apart about a model without running it, as plain values by module path."""
+    found = {}
+    for path, module in model.named_modules():
+        found[path, "class"] = type(module)
+        for name, value in vars(module).items():
+            if name in HOOKS:
+                found[path, name] = [getattr(hook, "__qualname__", repr(type(hook))) for hook in value.values()]
+            elif name in HOOK_FLAGS:
+                found[path, name] = len(value)
+            elif name in ("_parameters", "_buffers"):
+                found |= {(path, name, key): _plain(tensor) for key, tensor in value.items()}
+            elif name == "_modules":
+                found[path, name] = list(value)
+            else:
+                found[path, name] = _plain(value)
+    return found
+
+
+def _plain(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), hash(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if hasattr(value, "to_dict"):
+        return type(value), value.to_dict(), {k: v for k, v in vars(value).items() if k.startswith("_")}
+    if callable(value):
+        return getattr(value, "__qualname__", type(value))
+    return value

@@ -11,14 +11,17 @@ from mmaccel.core.prefill import Encoded, GridLayout, ItemLayout
 
 # frames are announced by a short text ("Frame3: "), whose length changes with the digits of the number
 _FRAME_GAP, _GAP_SPREAD, _MIN_FRAMES = 32, 2, 3
+# a gap ends a frame ("</img>", newline) before it announces the next one
+_CLOSING = 2
 
 
 class InternVL(VideoLM):
     """InternVL.
 
     The model is handed tiles and does not say which are the frames of a video. Three or more single-tile runs that
-    are separated by short texts of the same length are taken for one (inferred); other runs are images, each tile a
-    grid of its own.
+    are separated by short texts of the same length are taken for one (inferred); where the text before a frame is that
+    before the first frame again ("Frame1: "), the next video begins. Other runs are images, each tile a grid of its
+    own.
     """
 
     family = "internvl"
@@ -52,8 +55,9 @@ class InternVL(VideoLM):
         side = square(per_tile)
         repeats = max(1, int(where.sum()) // max(1, tiles * per_tile))
         items: list[ItemLayout] = []
-        for row in where[::repeats]:
-            items += _row_items(row, per_tile, side)
+        for number in range(0, len(where), repeats):
+            ids = None if encoded.prompt is None else encoded.prompt[number].tolist()
+            items += _row_items(where[number], per_tile, side, ids)
         return items
 
     def token_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
@@ -64,7 +68,17 @@ class InternVL(VideoLM):
         return root.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio).mean(-1).flatten()
 
 
-def _row_items(row: torch.Tensor, per_tile: int, side: tuple[int, int]) -> list[ItemLayout]:
+def _begins_again(ids: list[int] | None, first: int, here: int, gap: int) -> bool:
+    """Whether the text before the frame at `here` is the one before the frame at `first`."""
+    if ids is None:
+        return False
+    label = gap - _CLOSING
+    return first >= label and ids[first - label : first] == ids[here - label : here]
+
+
+def _row_items(
+    row: torch.Tensor, per_tile: int, side: tuple[int, int], ids: list[int] | None = None
+) -> list[ItemLayout]:
     edges = torch.diff(row.int(), prepend=row.new_zeros(1).int(), append=row.new_zeros(1).int())
     starts, stops = (edges == 1).nonzero().squeeze(1).tolist(), (edges == -1).nonzero().squeeze(1).tolist()
     items: list[ItemLayout] = []
@@ -75,6 +89,8 @@ def _row_items(row: torch.Tensor, per_tile: int, side: tuple[int, int]) -> list[
         while end < len(starts) and stops[end - 1] - starts[end - 1] == per_tile == stops[end] - starts[end]:
             gap = starts[end] - stops[end - 1]
             if gap > _FRAME_GAP or (gaps and abs(gap - gaps[0]) > _GAP_SPREAD):
+                break
+            if _begins_again(ids, starts[position], starts[end], gap):
                 break
             gaps.append(gap)
             end += 1

@@ -140,7 +140,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = [*(["--debug"] if debug else []), *(word for word in arguments if word != "--debug")]
     try:
         code = app(args=arguments, prog_name="mmaccel", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # typer says so by a code, older ones by Abort
+        return _fail("interrupted.", 130) if code == 130 else code if isinstance(code, int) else 0
     except _UsageProblem as error:
         return _fail(error.format_message().rstrip(".") + " (see mmaccel --help)", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

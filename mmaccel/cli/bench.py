@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +61,8 @@ def _scenarios() -> dict[str, Path]:
     raise MMAccelError("there is no benchmarks folder here; run this in a checkout of the repository.")
 
 
-def _pair(option: str) -> tuple[str, Any]:
+def _pair(option: str) -> tuple[str, str]:
     key, equals, text = option.partition("=")
     if not equals:
         raise MMAccelError(f"--set {option}: write option=value.")
-    try:
-        return key.strip(), tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), text.strip()
+    return key.strip(), text.strip()

@@ -47,7 +47,8 @@ _PAGE = Template("""\
 <body>
 <h1>mmaccel demo</h1>
 <p class="label"><b>$label.</b> Its figures compare methods with each other; they say nothing about the accuracy of a
-real checkpoint on real video.</p>
+real checkpoint on real video. Its vision tower was trained to attend to objects, which shows methods that read
+attention at their best.</p>
 <p>$clips held-out clips, rendered, encoded as H.264 files, and read back with $frames frames each; $questions questions
 with one-word answers. Budgets: keep $keeps. The run took $seconds s.</p>
 <div class="wide">

@@ -35,7 +35,8 @@ class Encoded:
     """One call of a vision encoder: its arguments, its output, and the raw attention scores of one layer, by kind.
 
     output: a copy of what the encoder returned, since beam search repeats the features inside of the original (`given`)
-    later on. thinned: how the tower call was made smaller, outermost first.
+    later on. thinned: how the tower call was made smaller, outermost first. prompt: int64 [B, S], the token ids of the
+    prompt that the features go into, where it was given as ids.
     """
 
     modality: str
@@ -45,6 +46,7 @@ class Encoded:
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     recorders: dict[str, object] = field(default_factory=dict)
     thinned: list[Any] = field(default_factory=list)
+    prompt: torch.Tensor | None = None
 
     @property
     def finite(self) -> bool:

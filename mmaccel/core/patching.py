@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["Patcher"]
+__all__ = ["Patcher", "shared"]
+
+T = TypeVar("T")
 
 _ABSENT = object()
+# What patchers have to remember about an object is kept in the object, so that it goes where the object goes.
+_LAYERS, _SHARED = "_mmaccel_layers", "_mmaccel_shared"
 
 
 class _Layers:
@@ -35,10 +39,6 @@ class _Chain:
         for wrapper in self.wrappers:
             call = functools.partial(wrapper, call)
         return call(*args, **kwargs)
-
-
-# Keyed weakly: a patched object that is thrown away takes its records along.
-_overrides: weakref.WeakKeyDictionary[Any, dict[str, _Layers]] = weakref.WeakKeyDictionary()
 
 
 class Patcher:
@@ -68,7 +68,7 @@ class Patcher:
 
     def set(self, obj: Any, name: str, value: Any) -> None:
         """Put `value` over the instance attribute `name` of `obj`."""
-        records = _overrides.setdefault(obj, {})
+        records = vars(obj).setdefault(_LAYERS, {})
         if name not in records:
             records[name] = _Layers(vars(obj).get(name, _ABSENT))
         layers = records[name]
@@ -87,6 +87,16 @@ class Patcher:
         reference = weakref.ref(obj)
         self._undo.append(lambda: _unwrap(reference(), name, chain, wrapper))
 
+    def share(self, obj: Any, make: type[T]) -> T:
+        """The one object of class `make` that all patchers of `obj` have in common; gone with the last of them."""
+        shared = vars(obj).setdefault(_SHARED, {})
+        value, users = shared.get(make, (None, 0))
+        value = make() if value is None else value
+        shared[make] = value, users + 1
+        reference = weakref.ref(obj)
+        self._undo.append(lambda: _unshare(reference(), make))
+        return value
+
     def on_undo(self, callback: Callable[[], None]) -> None:
         """Call `callback` when this patcher is undone, in the order opposite to that of the records."""
         self._undo.append(callback)
@@ -100,7 +110,7 @@ class Patcher:
 def _unset(obj: Any, name: str, value: Any) -> None:
     if obj is None:
         return
-    layers = _overrides[obj][name]
+    layers = vars(obj)[_LAYERS][name]
     on_top = layers.values and layers.values[-1] is value
     # by identity: two values of two patchers may be equal, as configs are
     del layers.values[next(i for i, other in enumerate(layers.values) if other is value)]
@@ -111,9 +121,25 @@ def _unset(obj: Any, name: str, value: Any) -> None:
         else:
             setattr(obj, name, below)
     if not layers.values:
-        del _overrides[obj][name]
-        if not _overrides[obj]:
-            del _overrides[obj]
+        del vars(obj)[_LAYERS][name]
+        if not vars(obj)[_LAYERS]:
+            del vars(obj)[_LAYERS]
+
+
+def shared(obj: Any, kind: type[T]) -> T | None:
+    """The object of class `kind` that patchers share on `obj`, None if there is none."""
+    return vars(obj).get(_SHARED, {}).get(kind, (None, 0))[0]
+
+
+def _unshare(obj: Any, kind: type) -> None:
+    if obj is None:
+        return
+    records = vars(obj)[_SHARED]
+    value, users = records.pop(kind)
+    if users > 1:
+        records[kind] = value, users - 1
+    if not records:
+        del vars(obj)[_SHARED]
 
 
 def _unwrap(obj: Any, name: str, chain: _Chain, wrapper: Callable[..., Any]) -> None:

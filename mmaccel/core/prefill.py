@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from mmaccel.core.encoding import encoding, note_encoding, record_scores
 from mmaccel.core.forward import Calls, Count, Forward, Grid, Reduce, calls_of
 from mmaccel.core.layout import Encoded, GridLayout, ItemLayout, Site, VisualTokens
-from mmaccel.core.patching import Patcher
+from mmaccel.core.patching import Patcher, shared
 from mmaccel.core.prefill_layers import deepstack, fit_layer, record_last_token, reduce_after
 from mmaccel.core.probe import probe_attention
 from mmaccel.core.prompt import map_tokens
@@ -58,7 +57,6 @@ class _Together:
         return next(iter([*(r.name for r in self.before if r.reduce is not None), *self.inside]), None)
 
 
-_together: weakref.WeakKeyDictionary[nn.Module, _Together] = weakref.WeakKeyDictionary()
 _serial = itertools.count()
 
 
@@ -117,7 +115,7 @@ class PrefillHooks:
             patcher.wrap(site.root, method, note_encoding(site, modality))
         for kind in sorted({reducer.score for reducer in self._before if reducer.score}):
             probe_attention(patcher, site.score_attention(), record_scores(site, kind))
-        together = _together.setdefault(site.root, _Together())
+        together = patcher.share(site.root, _Together)
         for reducer in self._before:
             together.before.append(reducer)
             patcher.on_undo(functools.partial(together.before.remove, reducer))
@@ -169,7 +167,7 @@ class PrefillHooks:
         forward.mapped = True
         kwargs = dict(kwargs)
         go_on(forward, kwargs)
-        together = _together.get(self.site.root, _Together())
+        together = shared(self.site.root, _Together) or _Together()
         reducers = sorted(together.before, key=lambda reducer: reducer.order)
         active = together.active
         if forward.foreign and active:

@@ -33,6 +33,7 @@ def map_tokens(site: Site, forward: Forward, kwargs: dict[str, Any]) -> None:
         where = places[modality].to(embeds.device)
         if not bool(where.any()):
             continue
+        encoded.prompt = ids
         items = site.layout(encoded, where)
         _write_items(forward, encoded, items, where, base, item, grid, cell)
         base += len(items)

@@ -22,7 +22,8 @@ class PromptLookup(Method):
 
     Sentence: the last words -> their last occurrence in the text -> the tokens behind it are guessed -> one forward
     verifies them. Source: Saxena, prompt-lookup-decoding (2023), as shipped by transformers. Lossless under greedy
-    decoding in float32; sampling keeps the distribution, not the random draws. Batch size 1, as in transformers.
+    decoding in float32; sampling keeps the distribution, not the random draws. Batch size 1, as in transformers. Text
+    models only: in a prompt with images the library also guesses image placeholders, and then stops with an error.
     draft 0 is the identity.
     """
 
@@ -32,7 +33,7 @@ class PromptLookup(Method):
     info: ClassVar[Info] = Info(
         name="prompt-lookup", verb="guess", stage=Stage.DECODING,
         summary="guesses tokens by looking the last words up in the prompt (transformers' own)",
-        source="Prompt Lookup Decoding, as shipped by transformers", year=2023, targets=("text-lm", "video-lm"),
+        source="Prompt Lookup Decoding, as shipped by transformers", year=2023, targets=("text-lm",),
         slots=(_SLOT,), lossless=True, licence="Apache-2.0 (transformers)",
     )  # fmt: skip
 

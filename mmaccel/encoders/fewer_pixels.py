@@ -44,7 +44,7 @@ class FewerPixels(GridReducer):
         return Reduction(inside[tokens.cell].nonzero().squeeze(1))
 
     def _fraction(self, cells: int) -> float:
-        return self.budget(cells) / cells
+        return self.keep if isinstance(self.keep, float) else self.budget(cells) / cells
 
     def plan(self, target: Target) -> list[Touch]:
         """The vision tower and the prefill."""

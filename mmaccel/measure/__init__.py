@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mmaccel.measure.rows import read_rows as read_rows
     from mmaccel.measure.scenario import Scenario as Scenario
     from mmaccel.measure.scenario import load_scenario as load_scenario
+    from mmaccel.measure.scenario import options_of as options_of
     from mmaccel.measure.scenario import run_scenario as run_scenario
     from mmaccel.measure.shapes import Shapes as Shapes
     from mmaccel.measure.shapes import record_shapes as record_shapes
@@ -52,7 +53,7 @@ _HOMES = {
     "pareto": ("Point", "pareto_plot"),
     "quality": ("Interval", "bootstrap_difference", "bootstrap_mean", "bootstrap_ratio", "kl_to_dense"),
     "rows": ("append_rows", "environment", "read_rows"),
-    "scenario": ("Scenario", "load_scenario", "run_scenario"),
+    "scenario": ("Scenario", "load_scenario", "options_of", "run_scenario"),
     "shapes": ("Shapes", "record_shapes"),
     "stages": ("Spread", "StageTimes", "compare", "time_per_output_token", "ttft"),
 }

@@ -97,6 +97,32 @@ class Evaluation:
             )
         return rows
 
+    def dump(self) -> dict[str, Any]:
+        """The evaluation as plain data, ready for JSON."""
+        outcomes = {
+            spec: {
+                "hits": pack(one.hits),
+                "same": pack(one.same),
+                "kl": [float(f"{value:.6g}") for value in one.kl],
+                "answers": one.answers,
+                "cost": {name: np.asarray(value).tolist() for name, value in vars(one.cost).items()},
+                "seconds": one.seconds,
+            }
+            for spec, one in self.outcomes.items()
+        }
+        return {"outcomes": outcomes, "clips": self.clips.tolist(), "kinds": self.kinds}
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> Evaluation:
+        """The evaluation that `dump` wrote."""
+        n = len(data["clips"])
+        outcomes = {}
+        for spec, one in data["outcomes"].items():
+            cost = Cost(**{**one["cost"], "tokens_per_layer": np.array(one["cost"]["tokens_per_layer"])})
+            hits, same, kl = unpack(one["hits"], n), unpack(one["same"], n), np.array(one["kl"])
+            outcomes[spec] = Outcome(hits, same, kl, one["answers"], cost, one["seconds"])
+        return cls(outcomes, np.array(data["clips"]), data["kinds"])
+
     def _by_kind(self, outcome: Outcome) -> dict[str, float]:
         kinds = np.array(self.kinds)
         return {kind: float(outcome.hits[kinds == kind].mean()) for kind in dict.fromkeys(self.kinds)}

@@ -42,9 +42,7 @@ def pixels(frames: Tensor) -> Tensor:
 
 
 def augment(values: Tensor, generator: torch.Generator) -> Tensor:
-    """What a lossy video codec does, roughly: halved chroma resolution, a little blur, noise. Pixel values [B, 3, H,
-    W].
-    """
+    """Imitate a lossy video codec on pixel values [B, 3, H, W]: halved chroma resolution, a little blur, noise."""
     batch = values.shape[0]
 
     def chance(p: float) -> Tensor:
@@ -62,9 +60,7 @@ def augment(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class AttentionReceived:
-    """Attention received by each patch in the last layer of a SigLIP tower, from the last forward call (mean over
-    heads, queries).
-    """
+    """Attention that each patch received in a SigLIP tower's last layer in its last call (mean over heads, queries)."""
 
     def __init__(self, tower: SiglipVisionModel) -> None:
         layers = [module for name, module in tower.named_modules() if name.endswith(".self_attn")]
@@ -78,9 +74,7 @@ class AttentionReceived:
         ]
 
     def __call__(self, stride: int = 1) -> Tensor:
-        """Float32 [B, P], each row sums to 1; `stride` averages over every so-many-th query only (an estimate, for
-        training).
-        """
+        """Float32 [B, P], each row sums to 1; a `stride` above 1 is an estimate from every so-many-th query."""
         heads = self.attention.num_heads
         q, k = (self.seen[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qk")
         return ((q[:, :, ::stride] @ k.transpose(-1, -2)).float() * self.attention.scale).softmax(-1).mean(dim=(1, 2))
@@ -189,9 +183,10 @@ def train_encoder(
 
 @torch.no_grad()
 def encode_corpus(tower: SiglipVisionModel, corpus: Corpus, seed: int) -> tuple[Tensor, Tensor]:
-    """Features bfloat16 [N, FRAMES, 64, 4, D] (four patches of each pooled cell) and attention received float32 [N,
-    FRAMES, 64].
+    """Run the frozen tower over a corpus and keep what the language model needs.
 
+    Returns features bfloat16 [N, FRAMES, 64, 4, D] (the four patches of each pooled cell) and attention received
+    float32 [N, FRAMES, 64].
     Half of the clips are augmented, each with one draw, so that the language model meets codec noise too.
     """
     generator = torch.Generator().manual_seed(seed)

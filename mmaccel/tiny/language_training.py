@@ -1,6 +1,4 @@
-"""Second phase: projector and language model learn to answer, also when visual tokens are dropped, merged or
-renumbered.
-"""
+"""Second phase: projector and language model learn to answer, with visual tokens dropped, merged or renumbered."""
 
 from __future__ import annotations
 
@@ -18,6 +16,8 @@ from mmaccel.tiny.encoder_training import cosine
 from mmaccel.tiny.world import COLORS, DIRECTIONS, FRAMES, KINDS, SHAPES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
 
     from mmaccel.tiny.corpus import Corpus
@@ -73,9 +73,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Thinning:
-    """What happens to the visual tokens of one batch: frames used, share kept, by attention or by chance, time merge,
-    numbering.
-    """
+    """What happens to the visual tokens of one batch: frames, share kept and how, merging over time, numbering."""
 
     frames: int = FRAMES
     keep: float = 1.0
@@ -85,9 +83,7 @@ class Thinning:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, focus: bool) -> Thinning:
-        """`focus` keeps few tokens, those with most attention: the cheap first steps in which the questions are
-        understood.
-        """
+        """`focus` keeps few tokens, those with most attention: cheap steps in which the questions are understood."""
         if focus:
             return cls(keep=float(rng.uniform(0.08, 0.3)), by_attention=True, compact=bool(rng.random() < 0.5))
         dense = rng.random() < 0.2
@@ -101,16 +97,12 @@ class Thinning:
 
 
 def project(model: LlavaOnevisionForConditionalGeneration, features: Tensor) -> Tensor:
-    """Project the four patches of each cell and average them, as LlavaOnevision's bilinear pooling does: [..., 4, D]
-    to [..., E].
-    """
+    """Project the four patches of each cell and average them, as LlavaOnevision pools: [..., 4, D] to [..., E]."""
     return model.model.multi_modal_projector(features).mean(-2)
 
 
 def _merge_still(cells: Tensor, alive: Tensor, rank: Tensor, rng: np.random.Generator) -> Tensor:
-    """Average cells that hardly change over random windows of frames; the mean stands first in the window's first
-    frame.
-    """
+    """Average cells that hardly change over random windows; the mean comes first in the window's first frame."""
     frames = cells.shape[1]
     similar = F.cosine_similarity(cells[:, 1:], cells[:, :-1], dim=-1) > 0.8
     start = 0
@@ -135,9 +127,7 @@ def thin(
     rng: np.random.Generator,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Visual embeddings [B, K, E] and their place `frame * CELLS + cell` int64 [B, K] (of the given frames) after a
-    thinning.
-    """
+    """Visual embeddings [B, K, E] left by a thinning, and their places `frame * CELLS + cell` int64 [B, K]."""
     batch, frames = features.shape[:2]
     total = frames * CELLS
     alive = torch.ones(batch, frames, CELLS, dtype=torch.bool)
@@ -170,9 +160,9 @@ def pack(
     end_place: int | None,
     chain: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One sequence a clip: `<|user|>`, visual tokens, newline, then all its questions; inputs, position ids and mask
-    [1, 1, L, L].
+    """Pack each clip with all its questions into one sequence; returns inputs, position ids and mask [1, 1, L, L].
 
+    A sequence is `<|user|>`, the visual tokens, the newline token, and the questions one behind the other.
     Questions (rows int64 [B, Q, TAIL]) see the clip and, in runs of `chain`, those before them in the run, nothing
     else, and positions start anew behind the clip for each run. `end_place` is the newline's place when tokens keep
     their original positions, None to renumber.
@@ -218,9 +208,7 @@ def fit_projector_to(model: LlavaOnevisionForConditionalGeneration, features: Te
 
 
 def _trait_loss(hidden: Tensor, head: nn.Linear, owner: Tensor, traits: Tensor, frame: Tensor) -> Tensor:
-    """Half-way through the language model each visual token names its object's traits, its direction once it has been
-    seen before.
-    """
+    """Visual tokens name their object's traits, its direction only from the second frame that shows it."""
     taken = owner >= 0
     if not taken.any():
         return hidden.sum() * 0.0
@@ -248,7 +236,7 @@ def train_language(
     focus: bool,
     batch: int = 32,
     peak: float = 2e-3,
-    checkpoint: object = None,
+    checkpoint: Callable[[int], None] | None = None,
 ) -> None:
     """Train projector, newline and language model in place on packed questions; the tower stays as it is.
 
@@ -327,7 +315,7 @@ def train_language(
             running[name] = 0.97 * running.get(name, value.item()) + 0.03 * value.item()
         if step % 50 == 0 or step == steps - 1:
             logger.info("language %d/%d %s", step, steps, " ".join(f"{n} {v:.3f}" for n, v in running.items()))
-        if callable(checkpoint) and step and step % 300 == 0:
+        if checkpoint is not None and step and step % 300 == 0:
             checkpoint(step)
     handle.remove()
     model.model.vision_tower.requires_grad_(True)
@@ -337,9 +325,7 @@ def train_language(
 def evaluate(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, memory: Memory
 ) -> dict[str, float]:
-    """Dense accuracy per kind and over all questions, on cached features and packed questions (quick; for watching a
-    run).
-    """
+    """Dense accuracy per kind and over all questions on cached features; quick, for watching a run."""
     user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
     hits: dict[str, list[bool]] = {}
     for n, (raw, kinds) in enumerate(zip(memory.rows, memory.kinds, strict=True)):

@@ -42,9 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def check_vocabulary(text: str) -> None:
-    """Raise `VocabularyError` when a question has a word that the embedded model was never taught; case does not
-    matter.
-    """
+    """Raise `VocabularyError` for words that the embedded model was never taught; case does not matter."""
     pieces = re.findall(r"<\|?\w+\|?>|\w+|[^\w\s]+", text.lower())
     known = {*WORDS, *SPECIAL_TOKENS} - {"<unk>"}
     strange = list(dict.fromkeys(piece for piece in pieces if piece not in known))
@@ -79,9 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaOnevisionProcessor:
-    """The processor: `SIZE` x `SIZE` pixels, `PATCH`-pixel patches, pooled 2 x 2 to 64 tokens a frame and one newline
-    token.
-    """
+    """The processor: `SIZE` x `SIZE` pixels, `PATCH`-pixel patches, 64 pooled tokens a frame and one newline token."""
     from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
     size = {"height": SIZE, "width": SIZE}

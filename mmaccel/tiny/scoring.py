@@ -30,9 +30,7 @@ def answers(model: Any, processor: Any, frames: Any, asked: list[str]) -> list[s
 
 
 def score_folder(folder: Path, split: str, clips: int, first: int = 0) -> dict[str, Any]:
-    """Accuracy per kind and overall (exact match of the answer) with the number of questions, on `clips` clips of a
-    split.
-    """
+    """Accuracy (exact match of the answer) per kind and overall on `clips` clips of a split, with question counts."""
     from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

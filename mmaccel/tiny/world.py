@@ -93,9 +93,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip: its seed, its objects, and a band `[low, high)` of rows or columns whose texture drifts by `drift`
-    pixels.
-    """
+    """A clip: seed, objects, and a band `[low, high)` of rows or columns whose texture drifts by `drift` pixels."""
 
     seed: int
     things: tuple[Thing, ...]
@@ -213,9 +211,7 @@ def sample_clip(index: int, split: str = "held-out") -> Clip:
 
 
 def sample_crowd(index: int, wanted: int = 10) -> Clip:
-    """A still scene of up to `wanted` objects from the training split, colors and shapes repeated: many examples a
-    frame.
-    """
+    """Draw a still scene of up to `wanted` objects, colors and shapes repeated: many training examples a frame."""
     rng = np.random.Generator(np.random.PCG64([SPLITS["train"][index], 3]))
     things: list[Thing] = []
     for _ in range(6 * wanted):
@@ -293,8 +289,9 @@ def coverage(thing: Thing, time: float) -> np.ndarray:
 
 
 def render(clip: Clip, times: Sequence[float] | None = None, *, things: bool = True) -> np.ndarray:
-    """Draw a clip at the given times (default: 8 even ones), uint8 [T, SIZE, SIZE, 3]; `things=False` draws the
-    background.
+    """Draw a clip at the given times (default: 8 even ones) as uint8 [T, SIZE, SIZE, 3].
+
+    `things=False` draws the background alone.
     """
     times = frame_times() if times is None else times
     frames = _backgrounds(clip, times)
