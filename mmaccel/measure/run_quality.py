@@ -86,6 +86,7 @@ def run(
         return found
     work = out.with_name(out.name + ".part")
     machine = environment()
+    machine["machine"]["threads"] = options.threads
     done = {(row["seed"], row["batch"]): row["evaluation"] for row in read_rows(work) if row["key"] == options.key()}
     jobs = [(options, seed, batch) for seed in options.seeds for batch in range(-(-options.clips // options.batch))]
     total = len(jobs)
@@ -202,9 +203,11 @@ def _rows(
         if rival is not None and rival != spec:
             against = evaluation.outcomes[rival].hits
             over = bootstrap_difference(hits, against, evaluation.clips, samples=options.samples).as_dict()
-        extra: dict[str, Any] = {"over_random": over, "hits": pack(hits)}
-        if spec == DENSE:
-            extra["questions_per_clip"] = np.unique(evaluation.clips, return_counts=True)[1].tolist()
+        extra: dict[str, Any] = {"over_random": over}
+        if seed != POOLED:
+            extra["hits"] = pack(hits)
+            if spec == DENSE:
+                extra["questions_per_clip"] = np.unique(evaluation.clips, return_counts=True)[1].tolist()
         rows.append(
             {
                 "benchmark": name, "key": options.key(), "model": "embedded video-QA model", "weights": "trained",
