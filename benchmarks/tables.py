@@ -1,8 +1,8 @@
 """Generate the tables of README and docs from the result files: `python benchmarks/tables.py [--check] [--plots]`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is that of a scenario, with "/all" behind it for
-every row instead of the chosen ones. `--check` writes nothing and fails where a file is out of date. `--plots` draws the
-pictures beside the result files.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is that of a scenario; with "/all" behind it
+the table has every row instead of the chosen ones. `--check` writes nothing and fails where a file is out of date.
+`--plots` draws the pictures beside the result files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def quality(rows: list[Row], everything: bool) -> str:
     dense = {row["seed"]: row for row in rows if row["spec"] == "dense"}
     heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "FLOPs"]
     lines = []
-    for row in sorted(pooled, key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -_keep(row["spec"]))):
+    pooled.sort(key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -_keep(row["spec"])))
+    for row in pooled:
         seed = "" if row["seed"] == "all" else f", seed {row['seed']}"
         lines.append(
             [

@@ -363,9 +363,13 @@ def test_a_reduced_prompt_cannot_be_cropped_in_part(model):
         seen = cache.get_seq_length()
         assert seen == inputs["input_ids"].shape[1]
         call(net, {"input_ids": inputs["input_ids"][:, -3:]}, past_key_values=cache)
-        cache.crop(-3)
-        assert cache.get_seq_length() == seen
+        cache.crop(-5)
+        assert cache.get_seq_length() == seen - 2
+        text = next(i for i, place in enumerate(reversed(family.places("video")[0])) if place is not None)
         with pytest.raises(NotApplicableError, match="reduced as a whole"):
-            cache.crop(-1)
+            cache.crop(-text + 1)
+        cache.crop(-text + 2)
+        assert cache.get_seq_length() == seen - text
+        assert {layer.held for layer in cache.layers} == {cache.layers[0].held}
         cache.reset()
         assert cache.get_seq_length() == 0

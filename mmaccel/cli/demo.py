@@ -139,11 +139,14 @@ def _first_token(
     from mmaccel.measure import compare, ttft
 
     inputs = chat_inputs(loaded, seen.video, seen.questions[0].text)
+    # The first call is the warm-up of the whole process, the second tells what a round of all settings will take.
     once = ttft(loaded.model, inputs, repeats=1, warmup=1).total.median * (1 + len(specs))
-    repeats = min(7, max(2, int(seconds / once) - 1))
+    rounds = min(8, max(1, int(seconds / once)))
+    warmup = 1 if rounds > 2 else 0
     return compare(
-        loaded.model, inputs, specs, repeats=repeats, warmup=1, before={"decode": seen.seconds}, progress=progress
-    )
+        loaded.model, inputs, specs, repeats=rounds - warmup, warmup=warmup, before={"decode": seen.seconds},
+        progress=progress,
+    )  # fmt: skip
 
 
 def _bar(progress: Any, name: str) -> Callable[[int, int], None]:

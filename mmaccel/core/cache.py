@@ -39,19 +39,24 @@ class Kept:
         columns = None if self.columns is None else change(self.columns)
         return replace(self, source=change(self.source), valid=change(self.valid), columns=columns)
 
+    def without_last(self, n: int) -> Kept:
+        """The same without the last n keys."""
+        return self.rows(lambda tensor: tensor[:, :-n])
+
 
 @dataclass
 class Ledger:
     """The book of a cache from which tokens have been taken out.
 
     groups: what the layers from that number on hold. seen: tokens that the model had seen when the last reduction was
-    done. shift: int64 [B], how much smaller the next position is than the number of tokens seen says (compacted
-    positions), None if nothing was compacted. moved: whether tokens were taken out in front of layer 0. served: whether
-    our hooks are at work in the call that is going on.
+    done; the last `tail` of these are text that every layer holds. shift: int64 [B], how much smaller the next position
+    is than the number of tokens seen says (compacted positions), None if nothing was compacted. moved: whether tokens
+    were taken out in front of layer 0. served: whether our hooks are at work in the call that is going on.
     """
 
     groups: dict[int, Kept] = field(default_factory=dict)
     seen: int = 0
+    tail: int = 0
     shift: torch.Tensor | None = None
     moved: bool = False
     served: bool = False
@@ -64,6 +69,20 @@ class Ledger:
         """Choose batch rows anew."""
         self.groups = {first: kept.rows(change) for first, kept in self.groups.items()}
         self.shift = None if self.shift is None else change(self.shift)
+
+    def crop(self, n: int) -> None:
+        """Forget the last n tokens that had been seen when the last reduction was done.
+
+        Raises:
+            NotApplicableError: they are more than the text at the end.
+        """
+        if n > self.tail:
+            raise NotApplicableError(
+                f"the cache cannot be cropped {n - self.tail} tokens into a prompt that was reduced as a whole; start "
+                "with a new cache."
+            )
+        self.groups = {first: kept.without_last(n) for first, kept in self.groups.items()}
+        self.seen, self.tail = self.seen - n, self.tail - n
 
     def check_unaided(self, queries: int) -> None:
         """Refuse a call without our hooks where the library alone would compute something wrong.
@@ -122,12 +141,12 @@ class PrunedLayer(DynamicLayer):
         """Remove the last `-tokens_to_remove` tokens.
 
         Raises:
-            NotApplicableError: some of them are older than the last reduction.
+            NotApplicableError: they reach into the part of the prompt that was reduced.
         """
-        if self.ledger is not None and -tokens_to_remove > self.get_seq_length() - self.ledger.seen:
-            raise NotApplicableError(
-                f"the last {-tokens_to_remove} tokens cannot be cut off: the prompt before them was reduced as a whole."
-            )
+        if self.keeper and self.ledger is not None:
+            older = -tokens_to_remove - (self.get_seq_length() - self.ledger.seen)
+            if older > 0:
+                self.ledger.crop(older)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:

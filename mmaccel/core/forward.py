@@ -94,13 +94,14 @@ class Calls:
     """What a run remembers over its forwards: generate encodes first and calls the model later.
 
     per_token: an argument of the present call that counts the prompt's tokens one by one, which a shortened output
-    cannot serve.
+    cannot serve. guessed: how many of the last tokens are guesses to be verified (assisted decoding), not the prompt's.
     """
 
     encoded: dict[str, Encoded] = field(default_factory=dict)
     encoding: Encoded | None = None
     forward: Forward = field(default_factory=Forward)
     per_token: str | None = None
+    guessed: int = 0
 
 
 def calls_of(site: Site) -> Calls | None:

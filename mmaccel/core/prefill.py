@@ -22,7 +22,7 @@ from mmaccel.core.patching import Patcher, shared
 from mmaccel.core.prefill_layers import deepstack, fit_layer, record_last_token, reduce_after
 from mmaccel.core.probe import probe_attention
 from mmaccel.core.prompt import map_tokens
-from mmaccel.core.run import open_around_forward, open_around_method
+from mmaccel.core.run import current, open_around_forward, open_around_method
 from mmaccel.core.sequence import apply, go_on, prepare_cache, settle
 from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.tokens.place import Reduction, TokenMap, place
@@ -136,11 +136,15 @@ class PrefillHooks:
             patcher.wrap(site.language_model, "_deepstack_process", deepstack(site))
 
     def _note_arguments(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls = calls_of(self.site)
-        if calls is not None:
-            calls.per_token = "labels" if kwargs.get("labels") is not None else None
-            if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
-                calls.per_token = "a tensor logits_to_keep"
+        run = current(self.site.root)
+        if run is None:
+            return
+        calls, wanted = run.get(Calls), kwargs.get("logits_to_keep")
+        calls.per_token = "labels" if kwargs.get("labels") is not None else None
+        if isinstance(wanted, torch.Tensor):
+            calls.per_token = "a tensor logits_to_keep"
+        # generate asks for the logits of the last token, and of every guess that it has put behind it
+        calls.guessed = max(0, wanted - 1) if run.methods and isinstance(wanted, int) else 0
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = calls_of(self.site)

@@ -29,7 +29,7 @@ def record_last_token(site: Site, key: object) -> Callable[..., None]:
             return
         valid = calls.forward.tokens.valid.to(keys.device)
         S, Sk = valid.shape[1], keys.shape[2]
-        last = S - 1 - valid.flip(1).int().argmax(1)
+        last = S - 1 - valid.flip(1).int().argmax(1) - calls.guessed
         rows = torch.arange(len(last), device=keys.device)
         visible = torch.ones(len(last), Sk, dtype=torch.bool, device=keys.device)
         visible[:, Sk - S :] = valid & (torch.arange(S, device=keys.device) <= last[:, None])

@@ -16,7 +16,7 @@ from mmaccel.core.cache import Kept, Ledger, PrunedLayer, ledger_of, pruned_cach
 from mmaccel.core.forward import Forward
 from mmaccel.core.layout import Site
 from mmaccel.errors import NotApplicableError
-from mmaccel.tokens.place import Placement, compact_positions
+from mmaccel.tokens.place import TEXT, Placement, compact_positions
 
 __all__ = ["apply", "go_on", "prepare_cache", "settle"]
 
@@ -162,7 +162,9 @@ def settle(forward: Forward) -> None:
     if old is not None and old.shift is not None:
         shift = old.shift if shift is None else old.shift + shift
     moved = forward.reduced or (old is not None and old.moved)
-    ledger = Ledger(groups, forward.seen + forward.length, shift, moved)
+    text = (tokens.item == TEXT) & tokens.valid
+    tail = int(text.flip(1).long().cumprod(1).sum(1).min())
+    ledger = Ledger(groups, forward.seen + forward.length, tail, shift, moved)
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, PrunedLayer):
             layer.hidden += forward.length - (layer.held - forward.held[number])

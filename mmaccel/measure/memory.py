@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import threading
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ class Peak:
 
     peak: largest amount held at one time. growth: the same above what was held when the block began. method: how it
     was measured: "cuda allocator", "rss high-water mark" (reset at the start, exact) or "rss samples" (every 2 ms, may
-    miss a shorter peak). On a CPU it is the memory of the whole process, so free what the block should not inherit.
+    miss a shorter peak). On a CPU it is the memory of the whole process.
     """
 
     method: str
@@ -50,21 +52,39 @@ def peak_memory(device: str | torch.device = "cpu") -> Iterator[Peak]:
     """
     place = torch.device(device)
     if place.type == "cuda":
-        torch.cuda.synchronize(place)
-        torch.cuda.reset_peak_memory_stats(place)
-        peak = Peak("cuda allocator", torch.cuda.memory_allocated(place))
-        yield peak
-        torch.cuda.synchronize(place)
-        peak.peak = torch.cuda.max_memory_allocated(place)
+        measured = _allocated(place)
     elif not _STATM.exists():
         raise MMAccelError("peak memory is read from /proc or from CUDA, and this system has neither.")
-    elif _reset():
-        peak = Peak("rss high-water mark", _resident())
-        yield peak
-        peak.peak = _high_water()
     else:
-        with _sampled() as peak:
-            yield peak
+        _trim()
+        measured = _marked() if _reset() else _sampled()
+    with measured as peak:
+        yield peak
+
+
+@contextmanager
+def _allocated(place: torch.device) -> Iterator[Peak]:
+    torch.cuda.synchronize(place)
+    torch.cuda.reset_peak_memory_stats(place)
+    peak = Peak("cuda allocator", torch.cuda.memory_allocated(place))
+    yield peak
+    torch.cuda.synchronize(place)
+    peak.peak = torch.cuda.max_memory_allocated(place)
+
+
+@contextmanager
+def _marked() -> Iterator[Peak]:
+    peak = Peak("rss high-water mark", _resident())
+    yield peak
+    peak.peak = _high_water()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, or what an earlier block left behind would hide the growth of this one."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _resident() -> int:

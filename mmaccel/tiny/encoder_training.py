@@ -121,6 +121,7 @@ def train_encoder(
     does in contrastively trained towers; background patches are the same with and without the objects, so they carry
     nothing about them.
     """
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     width = tower.config.hidden_size
     sizes = (1, len(COLORS), len(SHAPES), 2)

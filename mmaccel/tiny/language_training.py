@@ -243,6 +243,7 @@ def train_language(
     `checkpoint(step)` is called every 300 steps. Loss: answer and `<|end|>`; visual tokens' traits at half depth (a
     linear head that is thrown away); `_apartness`.
     """
+    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     width = model.config.text_config.hidden_size

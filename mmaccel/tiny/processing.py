@@ -81,11 +81,13 @@ def build_processor() -> LlavaOnevisionProcessor:
     from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
     size = {"height": SIZE, "width": SIZE}
-    statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    gray = [0.5, 0.5, 0.5]
     return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[SIZE, SIZE]], **statistics),
+        image_processor=LlavaOnevisionImageProcessor(
+            size=size, image_mean=gray, image_std=gray, image_grid_pinpoints=[[SIZE, SIZE]]
+        ),
         tokenizer=build_tokenizer(),
-        video_processor=LlavaOnevisionVideoProcessor(size=size, **statistics),
+        video_processor=LlavaOnevisionVideoProcessor(size=size, image_mean=gray, image_std=gray),
         num_image_tokens=(SIZE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmaccel.tiny.card import card
-from mmaccel.tiny.corpus import GRID, Corpus, build_corpus, question_rows
+from mmaccel.tiny.corpus import Corpus, build_corpus, question_rows
 from mmaccel.tiny.encoder_training import encode_corpus, train_encoder
 from mmaccel.tiny.language_training import Memory, evaluate, fit_projector_to, train_language
 from mmaccel.tiny.processing import PATCH, WORDS, build_processor, build_tokenizer
 from mmaccel.tiny.scoring import score_folder
-from mmaccel.tiny.world import FRAMES, SIZE
+from mmaccel.tiny.world import SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase, SiglipVisionModel
 
 __all__ = ["build_model", "export", "main"]
@@ -45,7 +48,7 @@ def build_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlavaOnevision
         SiglipVisionConfig,
     )
 
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("image", "video", "pad")}
+    ids = {word: index for word, index in tokenizer.get_vocab().items() if word.startswith("<")}
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=96,
@@ -66,18 +69,18 @@ def build_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlavaOnevision
             max_position_embeddings=4096,
             initializer_range=0.05,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=ids["pad"],
+            eos_token_id=ids["<|end|>"],
+            pad_token_id=ids["<pad>"],
         ),
-        image_token_index=ids["image"],
-        video_token_index=ids["video"],
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
         image_grid_pinpoints=[[SIZE, SIZE]],
         vision_feature_layer=-1,
     )
     torch.manual_seed(seed)
     model = LlavaOnevisionForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = ids["pad"]
+    model.generation_config.eos_token_id = ids["<|end|>"]
+    model.generation_config.pad_token_id = ids["<pad>"]
     model.generation_config.max_new_tokens = 4
     return model
 
@@ -129,40 +132,50 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder-steps", type=int, default=700)
     parser.add_argument("--focus-steps", type=int, default=600)
     parser.add_argument("--language-steps", type=int, default=800)
+    parser.add_argument("--watch-clips", type=int, default=150, help="validation clips looked at every 300 steps")
     parser.add_argument("--score-clips", type=int, default=300)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    begun = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(options.seed, tokenizer)
     tower = model.model.vision_tower
+    seconds: dict[str, int] = {}
+
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        seconds[phase] = round(time.monotonic() - begun)
 
     folder = options.work / "corpus"
     if not folder.exists():
-        build_corpus("train", options.clips, options.threads).save(folder)
+        with timed("render"):
+            build_corpus("train", options.clips, options.threads).save(folder)
     corpus = Corpus.load(folder)
     weights = options.work / "encoder.safetensors"
     if weights.exists():
         tower.load_state_dict(load_file(weights))
     else:
-        figures = train_encoder(tower, corpus, options.encoder_steps, options.seed)
+        with timed("encoder"):
+            figures = train_encoder(tower, corpus, options.encoder_steps, options.seed)
         save_file(tower.state_dict(), weights, {name: f"{value:.4f}" for name, value in figures.items()})
-    memory = _memory(tower, corpus, "train", options.seed, False, options.work / "train.safetensors")
-    unseen = build_corpus("validation", 150, options.threads)
-    watch = _memory(tower, unseen, "validation", options.seed, True, options.work / "validation.safetensors")
+    with timed("features"):
+        memory = _memory(tower, corpus, "train", options.seed, False, options.work / "train.safetensors")
+        unseen = build_corpus("validation", options.watch_clips, options.threads)
+        watch = _memory(tower, unseen, "validation", options.seed, True, options.work / "validation.safetensors")
+    torch.manual_seed(options.seed)
     fit_projector_to(model, memory.features[:200])
 
-    facts = {
+    facts: dict[str, Any] = {
         "seed": options.seed,
         "threads": options.threads,
         "clips": len(corpus.frames),
-        "patches": GRID * GRID,
-        "frames": FRAMES,
         "steps": {"encoder": options.encoder_steps, "focus": options.focus_steps, "language": options.language_steps},
+        "seconds": seconds,
         "versions": _versions(),
     }
 
@@ -175,13 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
     if weights.exists():
         model.load_state_dict(load_file(weights))
     else:
-        train_language(model, tokenizer, memory, options.focus_steps, options.seed, focus=True, checkpoint=checkpoint)
+        with timed("focus"):
+            train_language(model, tokenizer, memory, options.focus_steps, options.seed, True, checkpoint=checkpoint)
         save_file(model.state_dict(), weights)
-    train_language(
-        model, tokenizer, memory, options.language_steps, options.seed + 1, focus=False, checkpoint=checkpoint
-    )
+    with timed("language"):
+        train_language(model, tokenizer, memory, options.language_steps, options.seed + 1, False, checkpoint=checkpoint)
     export(model, options.out, facts)
-    facts["seconds"] = round(time.monotonic() - begun)
     facts["held-out"] = score_folder(options.out, "held-out", options.score_clips)
     export(model, options.out, facts)
     logger.info("held-out %s", facts["held-out"])

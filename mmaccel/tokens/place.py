@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-__all__ = ["Mix", "Placement", "Reduction", "TokenMap", "compact_positions", "place"]
+__all__ = ["TEXT", "Mix", "Placement", "Reduction", "TokenMap", "compact_positions", "place"]
 
 TEXT = -1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
@@ -15,6 +16,7 @@ from mmaccel.tiny.encoder_training import AttentionReceived, pixels
 from mmaccel.tiny.language_training import Thinning, pack, project, thin
 from mmaccel.tiny.processing import SPECIAL_TOKENS, WORDS, build_tokenizer, check_vocabulary
 from mmaccel.tiny.scoring import answers, prompt, score_folder
+from mmaccel.tiny.train_video_qa import main
 from mmaccel.tiny.world import frame_times, questions, render, sample_clip
 
 
@@ -126,8 +128,6 @@ def test_cached_projection_equals_the_models_pooling(loaded):
 
 
 def test_thinning_keeps_the_asked_count_in_order(loaded):
-    import numpy as np
-
     model, _ = loaded
     features = torch.randn(3, 8, 64, 4, 96)
     attention = torch.rand(3, 8, 64)
@@ -179,6 +179,7 @@ def test_second_turn_continues(loaded):
     assert processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() in WORDS
 
 
+@pytest.mark.slow
 def test_fresh_held_out_clips_are_answered():
     # Clips that neither training, nor validation, nor the committed scores have used.
     result = score_folder(VIDEO_QA_FOLDER, "held-out", 60, first=900_000)
@@ -193,3 +194,32 @@ def test_committed_scores_are_about_this_folder():
     assert sum(kind["questions"] for kind in scores["by_kind"].values()) == scores["questions"]
     assert hits / scores["questions"] == pytest.approx(scores["accuracy"])
     assert scores["accuracy"] >= 0.9
+
+
+@pytest.mark.slow
+def test_training_script_runs_end_to_end_and_resumes(tmp_path):
+    sizes = [
+        "--clips",
+        "6",
+        "--watch-clips",
+        "2",
+        "--encoder-steps",
+        "1",
+        "--focus-steps",
+        "1",
+        "--language-steps",
+        "1",
+    ]
+    command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--score-clips", "1", "--threads", "1"]
+    main([*command, *sizes])
+    first = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert set(first["seconds"]) == {"render", "encoder", "features", "focus", "language"}
+    assert first["held-out"]["clips"] == 1
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == 1_386_912
+    main([*command, *sizes])
+    again = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert set(again["seconds"]) == {"features", "language"}
+    twin = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "out")
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], msg=name)
