@@ -64,10 +64,11 @@ class AttentionReceived:
 
     def __init__(self, tower: SiglipVisionModel) -> None:
         layers = [module for name, module in tower.named_modules() if name.endswith(".self_attn")]
-        self.attention = layers[-1]
+        self.heads = tower.config.num_attention_heads
+        self.scale = (tower.config.hidden_size // self.heads) ** -0.5
         self.seen: dict[str, Tensor] = {}
         self.handles = [
-            getattr(self.attention, f"{name}_proj").register_forward_hook(
+            getattr(layers[-1], f"{name}_proj").register_forward_hook(
                 lambda _module, _args, output, name=name: self.seen.__setitem__(name, output)
             )
             for name in "qk"
@@ -75,9 +76,8 @@ class AttentionReceived:
 
     def __call__(self, stride: int = 1) -> Tensor:
         """Float32 [B, P], each row sums to 1; a `stride` above 1 is an estimate from every so-many-th query."""
-        heads = self.attention.num_heads
-        q, k = (self.seen[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qk")
-        return ((q[:, :, ::stride] @ k.transpose(-1, -2)).float() * self.attention.scale).softmax(-1).mean(dim=(1, 2))
+        q, k = (self.seen[name].unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qk")
+        return ((q[:, :, ::stride] @ k.transpose(-1, -2)).float() * self.scale).softmax(-1).mean(dim=(1, 2))
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -175,7 +175,7 @@ def train_encoder(
             "leak": loss_leak,
         }
         for name, value in now.items():
-            figures[name] = 0.95 * figures.get(name, value.item()) + 0.05 * value.item()
+            figures[name] = 0.95 * figures.setdefault(name, value.item()) + 0.05 * value.item()
         if step % 50 == 0 or step == steps - 1:
             logger.info("encoder %d/%d %s", step, steps, " ".join(f"{n} {v:.4f}" for n, v in figures.items()))
     received.close()

@@ -203,7 +203,7 @@ def fit_projector_to(model: LlavaOnevisionForConditionalGeneration, features: Te
         first.bias.copy_(-first.weight @ mean)
         nn.init.normal_(second.weight, std=first.weight.shape[0] ** -0.5)
         nn.init.zeros_(second.bias)
-        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+        nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
         nn.init.normal_(model.model.image_newline, std=0.5)
 
 
@@ -246,9 +246,8 @@ def train_language(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    width = model.config.text_config.hidden_size
     layers = model.model.language_model.layers
-    head = nn.Linear(width, sum(TRAITS))
+    head = nn.Linear(model.lm_head.in_features, sum(TRAITS))
     model.model.vision_tower.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
@@ -256,7 +255,7 @@ def train_language(
     handle = layers[len(layers) // 2 - 1].register_forward_hook(
         lambda _module, _args, output: middle.__setitem__("hidden", output[0] if isinstance(output, tuple) else output)
     )
-    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    user, assistant = (tokenizer.get_vocab()[token] for token in ("<|user|>", "<|assistant|>"))
     weights = []
     for kinds in memory.kinds:
         share = np.array([ASKED[KINDS[kind]] / (kinds == kind).sum() for kind in kinds])
@@ -313,7 +312,7 @@ def train_language(
         now = {kind: right[kinds == n].mean() for n, kind in enumerate(KINDS) if (kinds == n).any()}
         now |= {"answer": losses[..., 0].mean().detach(), "trait": loss_trait.detach()}
         for name, value in now.items():
-            running[name] = 0.97 * running.get(name, value.item()) + 0.03 * value.item()
+            running[name] = 0.97 * running.setdefault(name, value.item()) + 0.03 * value.item()
         if step % 50 == 0 or step == steps - 1:
             logger.info("language %d/%d %s", step, steps, " ".join(f"{n} {v:.3f}" for n, v in running.items()))
         if checkpoint is not None and step and step % 300 == 0:
@@ -327,7 +326,7 @@ def evaluate(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, memory: Memory
 ) -> dict[str, float]:
     """Dense accuracy per kind and over all questions on cached features; quick, for watching a run."""
-    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    user, assistant = (tokenizer.get_vocab()[token] for token in ("<|user|>", "<|assistant|>"))
     hits: dict[str, list[bool]] = {}
     for n, (raw, kinds) in enumerate(zip(memory.rows, memory.kinds, strict=True)):
         rows = torch.from_numpy(raw)[None].long()

@@ -48,7 +48,7 @@ def build_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlavaOnevision
         SiglipVisionConfig,
     )
 
-    ids = {word: index for word, index in tokenizer.get_vocab().items() if word.startswith("<")}
+    ids = tokenizer.get_vocab()
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=96,
