@@ -170,7 +170,7 @@ def test_labels_need_the_whole_prompt(model, spec):
     labels = inputs["input_ids"].clamp_max(255)
     want = call(net, inputs, labels=labels).loss
     with mmaccel.accelerate(net, f"{spec}:keep=0.5") as handle:
-        with pytest.raises(NotApplicableError, match=r"labels .* paused"):
+        with pytest.raises(NotApplicableError, match=r"labels .*paused"):
             call(net, inputs, labels=labels)
         assert torch.isfinite(call(net, text, labels=text["input_ids"]).loss)
         with handle.paused():
@@ -227,7 +227,8 @@ def offloaded(net, how, folder):
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_offloaded_models_give_the_same_bits(tmp_path, how, when, dtype):
     spec = "holitom:keep=0.4;tau=0.3;contextual=0.3"
-    for family in SOME[:2]:
+    # without LLaVA-OneVision: a parameter of its root keeps even the dense model from generating when offloaded
+    for family in (FAMILIES["llava-next-video"], FAMILIES["qwen2.5-vl"]):
         inputs = family.inputs("video")
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         plain = family.build(dtype=dtype)
@@ -251,17 +252,20 @@ def test_a_device_map_with_parts_on_disk(tmp_path):
     family = FAMILIES["llava-onevision"]
     inputs, plain = family.inputs("video"), family.build()
     plain.save_pretrained(tmp_path / "model")
-    parts = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.image_newline": "cpu",
+    parts = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu",
              "model.language_model": "disk", "lm_head": "cpu"}  # fmt: skip
     net = type(plain).from_pretrained(tmp_path / "model", device_map=parts, offload_folder=tmp_path / "offload")
     net.generation_config = plain.generation_config
     for spec in ("visionzip:keep=0.4", "random:keep=0.5+fastv:keep=0.4"):
         with mmaccel.accelerate(plain, spec):
-            tokens, logits = generate(plain, inputs, steps=2)
+            want, whole = generate(plain, inputs, steps=2), call(plain, inputs).logits
         with mmaccel.accelerate(net, spec):
             got = generate(net, inputs, steps=2)
-        assert torch.equal(got[0], tokens)
-        assert all(map(torch.equal, got[1], logits))
+            assert torch.equal(call(net, inputs).logits, whole)
+        assert torch.equal(got[0], want[0])
+        # not bit for bit: products with one row depend on where in memory a matrix lies, in the dense model as well
+        for one, other in zip(got[1], want[1], strict=True):
+            close(one, other)
 
 
 def test_two_models_of_one_config_object_stay_apart():
@@ -308,10 +312,9 @@ def test_layers_are_not_told_positions_with_gaps(model, method):
     def look(module, args, kwargs):
         seen.append(kwargs.get("position_ids"))
 
-    hooks = []
     with mmaccel.accelerate(net, SPECS[method]):
-        for layer in net.model.language_model.layers:
-            hooks.append(layer.self_attn.register_forward_pre_hook(look, with_kwargs=True))
+        layers = net.model.language_model.layers
+        hooks = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
         call(net, inputs)
         for hook in hooks:
             hook.remove()

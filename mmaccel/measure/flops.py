@@ -37,9 +37,7 @@ def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
     """
     import mmaccel.kernels.attention_received  # noqa: F401 - registers the op
 
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.mmaccel.attention_received: _attention_received}
-    )
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mmaccel.attention_received: _attention_received})
     with watch(model, counter.get_total_flops) as spans, counter:
         first_token(model, inputs)
     total = counter.get_total_flops()

@@ -186,7 +186,7 @@ def compare(
 
 
 def _one_call(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    clock = _Clock(model.device)
+    clock = _Clock(next(video_lm(model).target.parameters()).device)
     with watch(model, clock.read) as spans:
         start = clock.wait()
         first_token(model, inputs)
@@ -207,12 +207,13 @@ def time_per_output_token(
         raise MMAccelError(f"new_tokens must be at least 2 to time a token behind the first one, not {new_tokens}.")
     if not hasattr(model, "generate"):
         raise MMAccelError(f"{type(model).__name__} has no generate, so it has no output tokens to time.")
-    clock = _Clock(model.device)
+    language_model = video_lm(model).language_model
+    clock = _Clock(next(model.parameters()).device)
     seconds = []
     for number in range(warmup + repeats):
         ends: list[Any] = []
         patcher = Patcher()
-        patcher.after(video_lm(model).language_model, lambda *_, ends=ends: ends.append(clock.read()))
+        patcher.after(language_model, lambda *_, ends=ends: ends.append(clock.read()))
         try:
             with torch.no_grad():
                 model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
