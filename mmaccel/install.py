@@ -39,7 +39,12 @@ class Installer:
     def finish(self) -> None:
         """Put on the hooks that methods share."""
         if self._prefill is not None:
+            from mmaccel.core.watch import watch_overhead, watch_stages
+
+            # ahead of the prefill's hooks and behind them, and so around what they do
+            key = watch_stages(self.patcher, self.target.site, self.report)
             self._prefill.install()
+            watch_overhead(self.patcher, self.target.site, self.report, key)
         for thin in self._gates:
             from mmaccel.core.gate import gate_tower
 

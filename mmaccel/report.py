@@ -39,6 +39,7 @@ class Report:
     tokens: dict[tuple[str, str], TokenCount] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, list[float]] = field(default_factory=dict)
     events: dict[str, Any] = field(default_factory=dict)
     kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
@@ -74,6 +75,11 @@ class Report:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
         self.calls[what] = self.calls.get(what, 0) + 1
 
+    def compute(self, what: str, spent: float, dense: float) -> None:
+        """Add closed-form FLOPs of a stage: what it took, and what the dense model would have taken."""
+        before = self.flops.get(what, [0.0, 0.0])
+        self.flops[what] = [before[0] + spent, before[1] + dense]
+
     def note(self, text: str) -> None:
         """Say something once."""
         if text not in self.notes:
@@ -107,6 +113,7 @@ class Report:
                 for e in self.tokens.values()
             ],
             "seconds": {k: {"total": v, "calls": self.calls[k]} for k, v in self.seconds.items()},
+            "flops": {k: {"spent": spent, "dense": dense} for k, (spent, dense) in self.flops.items()},
             "events": dict(self.events),
             "kernels": [
                 {"op": op, "backend": backend, "reason": reason or None, "calls": n}
@@ -131,6 +138,8 @@ class Report:
             table.add_row(e.method, e.place, str(e.calls), str(e.tokens_in), str(e.tokens_out), kept)
         for name, seconds in self.seconds.items():
             table.add_row("time", name, str(self.calls[name]), "", f"{seconds:.3f} s", "")
+        for name, (spent, dense) in self.flops.items():
+            table.add_row("FLOPs", name, "", f"{dense:.3g}", f"{spent:.3g}", f"{spent / dense:.1%}")
         for name, value in self.events.items():
             table.add_row("event", name, "", "", str(value), "")
         for (op, backend, reason), n in self.kernels.items():

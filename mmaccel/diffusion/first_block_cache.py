@@ -64,7 +64,7 @@ class FirstBlockCache(Method):
 
     def install(self, installer: Installer) -> None:
         """Have diffusers put its hooks on, and note which traces to take away behind them."""
-        from diffusers.hooks import FirstBlockCacheConfig
+        from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
         site, patcher = installer.target.site, installer.patcher
         transformer = site.transformer

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmaccel.adapters import video_lm
+from mmaccel.core.flops import attention_width, decoder_flops, linear_weights
 from mmaccel.errors import MMAccelError
 from mmaccel.measure.boundaries import split, watch
 from mmaccel.measure.stages import first_token
@@ -68,14 +69,8 @@ def prefill_flops(model: Any, tokens: Sequence[float], *, causal: bool = False) 
         raise MMAccelError(
             f"tokens must have one entry for each of {len(site.layers)} decoder layers, not {len(tokens)}."
         )
-    config = site.language_model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head
-    total = 0.0
-    for layer, n in zip(site.layers, tokens, strict=True):
-        pairs = n * (n + 1) / 2 if causal else n * n
-        total += 2 * n * _weights(layer) + 4 * pairs * width
-    return total
+    weights = [linear_weights(layer) for layer in site.layers]
+    return decoder_flops(weights, attention_width(site.language_model.config), tokens, causal=causal)
 
 
 def encoder_flops(model: Any, sequences: Sequence[Sequence[float]]) -> float:
@@ -93,12 +88,8 @@ def encoder_flops(model: Any, sequences: Sequence[Sequence[float]]) -> float:
     total = 0.0
     for block, lengths in zip(blocks, sequences, strict=True):
         width = _attention_width(block)
-        total += 2 * sum(lengths) * _weights(block) + 4 * sum(n * n for n in lengths) * width
+        total += 2 * sum(lengths) * linear_weights(block) + 4 * sum(n * n for n in lengths) * width
     return total
-
-
-def _weights(block: nn.Module) -> int:
-    return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
 
 
 def _attention_width(block: nn.Module) -> int:

@@ -1,0 +1,131 @@
+"""Tables are what the result files say, and the documents hold the tables."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mmaccel.measure import append_rows
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tables.py"
+spec = importlib.util.spec_from_file_location("benchmark_tables", SCRIPT)
+tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tables)
+
+MACHINE = {
+    "machine": {"cpu": "Test CPU", "cores": 2, "threads": 1, "load": 0.1, "memory_gb": 8, "gpu": None},
+    "versions": {"torch": "2", "transformers": "5", "mmaccel": "0"},
+    "time": "2026-01-01T00:00:00Z",
+}
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 300, "groups": 100, "level": 0.95}
+
+
+def quality_row(name, accuracy, flops, seed="all"):
+    rival = interval(0.25) if name.startswith("holitom") else None
+    return {
+        "benchmark": "video_lm/quality", "spec": name, "seed": seed, "n": 6000, "clips": 1200, "dtype": "float32",
+        "accuracy": interval(accuracy), "ratio": interval(accuracy / 0.9), "over_random": rival, "agreement": 0.5,
+        "tokens_in": 513.0, "tokens_out": 80.2, "tokens_last": 41.0, "flops": flops,
+        "options": {"seeds": [0, 1, 2], "source": "h264"}, **MACHINE,
+    }  # fmt: skip
+
+
+def speed_row(name, frames, seconds, ratio, **extra):
+    stage = {"median": seconds / 2, "low": 1, "high": 1, "n": 5}
+    return {
+        "benchmark": "video_lm/speed", "model": "m", "spec": name, "frames": frames, "layers": 4, "vision_layers": 2,
+        "shortened": True, "dtype": "bfloat16", "repeats": 5, "ttft_ratio": ratio, "overhead_of_dense": 0.004,
+        "overhead_of_own": 0.03, "stage_ratio": {"encode": 1.01, "prefill": 0.08}, "tokens_in": 10, "tokens_out": 10,
+        "tokens_last": 10, "flops_counted": {"total": 2.0 * ratio}, "ttft": {"total": stage | {"median": seconds},
+        "stages": {"encode": stage, "prefill": stage}}, **MACHINE, **extra,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- table:video_lm/quality -->\nold\n<!-- /table -->\nbetween\n"
+        "<!-- table:video_lm/speed -->\n<!-- /table -->\nafter\n"
+    )
+    (tmp_path / "docs" / "plain.md").write_text("no table\n")
+    results = tmp_path / "results"
+    append_rows(
+        results / "video_lm" / "quality.jsonl",
+        [
+            quality_row("dense", 0.9, 4e9),
+            quality_row("random:keep=0.1", 0.6, 1e9),
+            quality_row("holitom:keep=0.15", 0.875, 1.2e9),
+            quality_row("holitom:keep=0.15", 0.5, 1.2e9, seed=0),
+            quality_row("dense", 0.9, 4e9, seed=0),
+        ],
+    )
+    append_rows(results / "video_lm" / "speed.jsonl", [speed_row("dense", 8, 2, 1), speed_row("dense", 32, 12.5, 1)])
+    append_rows(results / "video_lm" / "speed-other.jsonl", [speed_row("evs:keep=0.1", 32, 6, 0.6)])
+    append_rows(results / "video_lm" / "speed-other.jsonl", [speed_row("evs:keep=0.1", 32, 5, 0.4)])
+    return tmp_path, results
+
+
+def test_documents_are_filled_and_then_up_to_date(place, capsys):
+    root, results = place
+    assert tables.main(["--check"], root, results) == 1
+    assert "README.md: out of date" in capsys.readouterr().out
+    assert "old" in (root / "README.md").read_text()
+    assert tables.main([], root, results) == 0
+    text = (root / "README.md").read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert "\nbetween\n" in text
+    assert text.endswith("\nafter\n")
+    assert tables.main(["--check"], root, results) == 0
+    assert (root / "docs" / "plain.md").read_text() == "no table\n"
+
+
+def cells(markdown):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+
+
+def test_the_quality_table(place):
+    found = tables.table("video_lm/quality", place[1])
+    heads, _, *lines = cells(found)
+    assert heads[0] == "setting"
+    assert [line[0] for line in lines] == ["`dense`", "`holitom:keep=0.15`", "`random:keep=0.1` *"]
+    assert lines[1][1:] == [
+        "87.5 % [85.5, 89.5]", "97.2 %", "+25.0 [23.0, 27.0]", "50.0 %", "513 → 80 → 41", "30.0 %",
+    ]  # fmt: skip
+    assert "Embedded model" in found
+    assert "1,200 held-out clips" in found
+    assert "Test CPU" in found
+    assert len(cells(tables.table("video_lm/quality/all", place[1]))) == 2 + 5
+
+
+def test_the_speed_table_takes_the_latest_rows_of_the_chosen_length(place):
+    found = tables.table("video_lm/speed", place[1])
+    _, _, *lines = cells(found)
+    assert lines == [
+        ["m, 32 frames, 4 + 2 layers", "`dense`", "12.50 s", "100.0 %", "6.25 s", "6.25 s", "", "10", "100.0 %"],
+        ["m, 32 frames, 4 + 2 layers", "`evs:keep=0.1`", "5.00 s", "40.0 %", "101.0 %", "8.0 %", "0.40 % / 3.0 %",
+         "10", "40.0 %"],
+    ]  # fmt: skip
+    assert "Random weights" in found
+    assert len(cells(tables.table("video_lm/speed/all", place[1]))) == 2 + 3
+
+
+def test_no_results_and_no_table(tmp_path):
+    assert "mmaccel bench video_lm/speed" in tables.table("video_lm/speed", tmp_path)
+    with pytest.raises(KeyError):
+        tables.table("video_lm/beauty", tmp_path)
+
+
+def test_the_plot(place):
+    path = tables.plot_quality(place[1])
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_documents_of_the_repository_are_up_to_date():
+    assert tables.main(["--check"]) == 0, "run python benchmarks/tables.py"
