@@ -34,7 +34,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 def rows_of(scenario: str, results: Path = RESULTS) -> list[Row]:
     """All rows of a scenario: `results/NAME.jsonl`, and `results/NAME-*.jsonl` of other machines."""
-    paths = sorted({*results.glob(f"{scenario}.jsonl"), *results.glob(f"{scenario}-*.jsonl")})
+    paths = [results / f"{scenario}.jsonl", *sorted(results.glob(f"{scenario}-*.jsonl"))]
     return [row for path in paths for row in read_rows(path) if row["benchmark"] == scenario]
 
 
@@ -61,7 +61,7 @@ def quality(rows: list[Row], everything: bool) -> str:
     """Accuracy at equal budgets, all seeds together, or also one by one."""
     pooled = [row for row in rows if everything or row["seed"] == "all"]
     dense = {row["seed"]: row for row in rows if row["spec"] == "dense"}
-    heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "FLOPs"]
+    heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "prefill", "FLOPs"]
     lines = []
     pooled.sort(key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -_keep(row["spec"])))
     for row in pooled:
@@ -74,16 +74,16 @@ def quality(rows: list[Row], everything: bool) -> str:
                 "" if row["over_random"] is None else _points(row["over_random"]),
                 _percent(row["agreement"]),
                 _tokens(row),
-                _percent(row["flops"] / dense[row["seed"]]["flops"]),
+                *(_percent(row[cost] / dense[row["seed"]][cost]) for cost in ("prefill_flops", "flops")),
             ]
         )
     one = pooled[0]
     frames = "read back from H.264 files" if one["options"]["source"] == "h264" else "rendered"
     caption = (
         f"**Embedded model** (trained, {one['dtype']}, SDPA). {one['clips']:,} held-out clips, {frames}, {one['n']:,} "
-        f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips, in points over random; tokens: in "
-        f"the prompt, in the first and in the last decoder layer; FLOPs: encoder and prefill, of dense. * baseline. "
-        f"{_machine(one)}"
+        f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips; over random: points, at the same "
+        "keep; tokens: in the prompt, in the first and in the last decoder layer; FLOPs of the prefill, and of encoder "
+        f"and prefill, of dense. * baseline. {_machine(one)}"
     )
     return _markdown(heads, lines, caption)
 
@@ -102,7 +102,7 @@ def speed(rows: list[Row], everything: bool) -> str:
             continue
         dense = next(row for row in group if row["spec"] == "dense")
         depth = f", {dense['layers']} + {dense['vision_layers']} layers" if dense["shortened"] else ""
-        for row in group:
+        for row in sorted(group, key=lambda row: row is not dense):
             share = row["flops_counted"]["total"] / dense["flops_counted"]["total"]
             own = "" if row is dense else f"{_percent(row['overhead_of_dense'])} / {_percent(row['overhead_of_own'])}"
             tables.setdefault(machine, []).append(
@@ -133,24 +133,27 @@ def speed(rows: list[Row], everything: bool) -> str:
 TABLES: dict[str, Callable[[list[Row], bool], str]] = {"video_lm/quality": quality, "video_lm/speed": speed}
 
 
-def plot_quality(results: Path = RESULTS) -> Path | None:
-    """Draw accuracy against FLOPs of all seeds together."""
+def plot_quality(results: Path = RESULTS) -> list[Path]:
+    """Draw accuracy of all seeds together against all FLOPs, and against those of the prefill alone."""
     rows = [row for row in rows_of("video_lm/quality", results) if row["seed"] == "all"]
-    if not rows:
-        return None
-    points = []
-    for row in rows:
-        name, _, knobs = row["spec"].partition(":")
-        interval = row["accuracy"]
-        label = re.sub(r"keep=0?", "", knobs)
-        baseline = bool(_mark(row["spec"]))
-        points.append(
-            Point(name, row["flops"] / 1e9, interval["value"], interval["low"], interval["high"], label, baseline)
-        )
-    return pareto_plot(
-        points, results / "video_lm" / "quality.png", x="encoder and prefill, GFLOPs a question", y="accuracy",
-        title=f"Accuracy against cost, {rows[0]['clips']:,} held-out clips", source="embedded model", percent=True,
-    )  # fmt: skip
+    drawn = []
+    for cost, stage, name in (("flops", "encoder and prefill", "quality"), ("prefill_flops", "prefill", "prefill")):
+        points = [_point(row, row[cost] / 1e9) for row in rows]
+        if points:
+            drawn.append(
+                pareto_plot(
+                    points, results / "video_lm" / f"{name}.png", x=f"{stage}, GFLOPs a question", y="accuracy",
+                    title=f"Accuracy against cost, {rows[0]['clips']:,} held-out clips", source="embedded model",
+                    log=cost == "prefill_flops", percent=True,
+                )
+            )  # fmt: skip
+    return drawn
+
+
+def _point(row: Row, cost: float) -> Point:
+    name, _, knobs = row["spec"].partition(":")
+    interval, label = row["accuracy"], re.sub(r"keep=0?", "", knobs)
+    return Point(name, cost, interval["value"], interval["low"], interval["high"], label, bool(_mark(row["spec"])))
 
 
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
@@ -222,7 +225,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = 
     for path in stale:
         print(f"{path.relative_to(root)}: {'out of date' if chosen.check else 'refreshed'}")
     if chosen.plots and not chosen.check:
-        print(plot_quality(results) or "no quality results to plot")
+        for path in plot_quality(results):
+            print(f"{path}: drawn")
     return 1 if stale and chosen.check else 0
 
 

@@ -19,6 +19,7 @@ class TiledVideoLM(VideoLM):
         return getattr(self.config, "vision_feature_select_strategy", "default") == "default"
 
     patches_per_cell: ClassVar[int] = 2
+    closing_tokens: ClassVar[int] = 0  # newlines behind a video
 
     def resizable(self, kind: str) -> bool:
         """Tiled images are not: their tiles are packed by their full size."""
@@ -41,7 +42,7 @@ class TiledVideoLM(VideoLM):
         if encoded.modality == "video":
             videos, frames = encoded.arguments["pixel_values_videos"].shape[:2]
             tokens = encoded.output.pooler_output.shape[1]
-            per_frame = tokens // frames
+            per_frame = (tokens - self.closing_tokens) // frames
             grid = raster(frames, *square(per_frame))
             return [ItemLayout("video", tokens, (grid,)) for _ in range(videos)]
         vision = self.config.vision_config

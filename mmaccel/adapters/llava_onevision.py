@@ -14,6 +14,7 @@ class LlavaOnevision(TiledVideoLM):
     """LLaVA-OneVision."""
 
     family = "llava-onevision"
+    closing_tokens: ClassVar[int] = 1
     model_types = ("llava_onevision",)
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
 

@@ -120,6 +120,8 @@ class HoliTom(GridReducer):
             self._static_part(parts, x[start:stop], alike, start, ratio)
             for t in range(start, stop):
                 self._dynamic_part(parts, x[t], score[t], ~alike, t, ratio)
+        if parts.count == 0:  # everything stood still and the ratio rounds to nothing
+            parts.add(select.top_k(score.view(1, -1), 1)[0])
         reduction = parts.reduction()
         return reduction if tokens.contiguous else _ascending(reduction)
 

@@ -177,5 +177,12 @@ def _cost(model: Any, questions: _Questions, report: Report | None, encoder: flo
     for entry in report.tokens.values() if report is not None else ():
         inner = re.fullmatch(r"layer (\d+)", entry.place)
         layers[int(inner[1]) if inner else 0 :] -= (entry.tokens_in - entry.tokens_out) / rows
-    text = length - visual
-    return Cost(visual, layers[0] - text, layers[-1] - text, layers, encoder, prefill_flops(model, layers.tolist()))
+    gone = length - layers
+    return Cost(
+        visual,
+        visual - float(gone[0]),
+        visual - float(gone[-1]),
+        layers,
+        encoder,
+        prefill_flops(model, layers.tolist()),
+    )

@@ -146,7 +146,7 @@ def merge(parts: Sequence[Evaluation]) -> Evaluation:
 
 def _joined(parts: list[Outcome], weights: np.ndarray) -> Outcome:
     def mean(name: str) -> Any:
-        return sum(w * getattr(part.cost, name) for w, part in zip(weights, parts, strict=True))
+        return sum(w * getattr(part.cost, name) for w, part in zip(weights.tolist(), parts, strict=True))
 
     return Outcome(
         np.concatenate([part.hits for part in parts]),

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "frontier", "pareto_plot"]
 
-# Okabe and Ito's palette without black and yellow, told apart with every common colour blindness and on white
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Okabe and Ito's palette without black and yellow, told apart with every common colour blindness and on white, and two
+# that differ from it in lightness; the marker tells a method as well
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#5B3A1A")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DENSE = "dense"
 
@@ -73,7 +74,8 @@ def pareto_plot(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     front = frontier(points)
-    axes.plot([p.x for p in front], [p.y for p in front], color="0.75", linewidth=5, zorder=1, label="frontier")
+    steps = {"drawstyle": "steps-post", "color": "0.8", "linewidth": 4, "zorder": 1}
+    axes.plot([p.x for p in front], [p.y for p in front], label="frontier", **steps)
     methods = list(dict.fromkeys(point.method for point in points if point.method != _DENSE))
     for point in (p for p in points if p.method == _DENSE):
         axes.axhline(point.y, color="black", linewidth=0.8, linestyle=":", zorder=1)
@@ -89,7 +91,7 @@ def pareto_plot(
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    figure.text(0.995, 0.005, source, ha="right", va="bottom", fontsize=7, color="0.35")
+    figure.text(0.995, 0.005, source, ha="right", va="bottom", fontsize=9, color="0.25")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

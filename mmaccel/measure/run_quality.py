@@ -101,7 +101,7 @@ def run(
         rows += _rows(name, options, seed, evaluation, machine)
     append_rows(out, rows)
     work.unlink(missing_ok=True)
-    return rows
+    return _rows_of(out, name, options)
 
 
 def _check(options: QualityOptions) -> None:

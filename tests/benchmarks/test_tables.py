@@ -30,7 +30,7 @@ def quality_row(name, accuracy, flops, seed="all"):
     return {
         "benchmark": "video_lm/quality", "spec": name, "seed": seed, "n": 6000, "clips": 1200, "dtype": "float32",
         "accuracy": interval(accuracy), "ratio": interval(accuracy / 0.9), "over_random": rival, "agreement": 0.5,
-        "tokens_in": 513.0, "tokens_out": 80.2, "tokens_last": 41.0, "flops": flops,
+        "tokens_in": 513.0, "tokens_out": 80.2, "tokens_last": 41.0, "flops": flops, "prefill_flops": flops / 8,
         "options": {"seeds": [0, 1, 2], "source": "h264"}, **MACHINE,
     }  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_the_quality_table(place):
     assert heads[0] == "setting"
     assert [line[0] for line in lines] == ["`dense`", "`holitom:keep=0.15`", "`random:keep=0.1` *"]
     assert lines[1][1:] == [
-        "87.5 % [85.5, 89.5]", "97.2 %", "+25.0 [23.0, 27.0]", "50.0 %", "513 → 80 → 41", "30.0 %",
+        "87.5 % [85.5, 89.5]", "97.2 %", "+25.0 [23.0, 27.0]", "50.0 %", "513 → 80 → 41", "30.0 %", "30.0 %",
     ]  # fmt: skip
     assert "Embedded model" in found
     assert "1,200 held-out clips" in found
@@ -122,9 +122,11 @@ def test_no_results_and_no_table(tmp_path):
         tables.table("video_lm/beauty", tmp_path)
 
 
-def test_the_plot(place):
-    path = tables.plot_quality(place[1])
-    assert path.read_bytes()[:4] == b"\x89PNG"
+def test_the_plots(place):
+    paths = tables.plot_quality(place[1])
+    assert [path.name for path in paths] == ["quality.png", "prefill.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
 def test_the_documents_of_the_repository_are_up_to_date():

@@ -183,6 +183,21 @@ def test_frames_and_pixels_together_generate_and_leave_no_trace(name):
     assert torch.equal(before, last_logits(model, inputs))
 
 
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_video_of_one_frame(name):
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.inputs("video")
+    places = family.places("video")[0]
+    given = without(inputs, {i for i, place in enumerate(places) if place is not None and place.t > 0})
+    given["pixel_values_videos"] = inputs["pixel_values_videos"][:, :1]
+    cells = sum(place is not None and place.t == 0 for place in places)
+    for spec in ("holitom:keep=0.5;inner_keep=1.0", "evs:keep=0.5", "fewer-frames:keep=1"):
+        with mmaccel.accelerate(model, spec) as handle:
+            last_logits(model, given)
+        row = handle.report().as_dict()["tokens"][-1]
+        assert (row["tokens_in"], row["tokens_out"]) == (cells, cells if "holitom" not in spec else -(-cells // 2))
+
+
 def test_families_that_cannot_tell_frames_are_refused():
     model = FAMILIES["internvl"].build()
     with pytest.raises(NotApplicableError, match="video encoder"):

@@ -36,15 +36,15 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def cases():
-    clips = [sample_clip(FIRST + number) for number in range(4)]
+    clips = [sample_clip(FIRST + number) for number in range(3)]
     asked = [[(q.text, q.answer, q.kind) for q in sample_questions(clip)] for clip in clips]
-    asked[1] = asked[1][:2]  # clips with different numbers of questions
+    asked = [asked[0][:3], asked[1][3:5], asked[2][-2:]]  # clips with different numbers of questions
     return [Case(render(clip), questions) for clip, questions in zip(clips, asked, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def found(loaded, cases):
-    return evaluate(*loaded, cases, SPECS, batch=3)
+    return evaluate(*loaded, cases, SPECS, batch=2)
 
 
 @pytest.mark.parametrize("spec", ["dense", *SPECS])
@@ -56,7 +56,7 @@ def test_answers_are_those_of_generate_one_at_a_time(loaded, cases, found, spec)
     told = []
     for number, case in enumerate(cases):
         if spec.startswith("random"):
-            name = f"random:keep=0.1;seed={number // 3}"
+            name = f"random:keep=0.1;seed={number // 2}"
         for text, _, _ in case.questions:
             if spec == "dense":
                 told += answers(model, processor, case.frames, [text])
@@ -72,7 +72,7 @@ def test_answers_are_those_of_generate_one_at_a_time(loaded, cases, found, spec)
 
 
 def test_sharing_the_encoder_changes_nothing(loaded, cases, found):
-    alone = evaluate(*loaded, cases, SPECS, batch=3, share_encoder=False)
+    alone = evaluate(*loaded, cases, SPECS, batch=2, share_encoder=False)
     for spec, outcome in found.outcomes.items():
         other = alone.outcomes[spec]
         assert outcome.answers == other.answers
@@ -117,7 +117,7 @@ def test_rows_say_what_happened(found):
     rows = found.rows(samples=200)
     assert [row["spec"] for row in rows] == ["dense", *SPECS]
     dense, holitom = rows[0], rows[1]
-    assert (dense["n"], dense["clips"]) == (len(found.clips), 4)
+    assert (dense["n"], dense["clips"]) == (7, 3)
     assert dense["agreement"] == 1
     assert dense["kl"] == 0
     assert dense["ratio"]["value"] == 1

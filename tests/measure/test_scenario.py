@@ -163,28 +163,28 @@ def test_quality_options_out_of_range(quality, tmp_path, wrong):
 def test_speed_rows(tmp_path, monkeypatch):
     scenario, out = load_scenario(BENCHMARKS / "video_lm" / "speed.toml"), tmp_path / "s.jsonl"
     small = {
-        "models": ["llava-onevision-0.5b"], "frames": [1], "specs": ["fastv:keep=0.25;layer=1"], "layers": 2,
+        "models": ["llava-onevision-0.5b"], "frames": [2], "specs": ["fastv:keep=0.25;layer=1"], "layers": 2,
         "vision_layers": 1, "repeats": 2, "new_tokens": 2, "device": "cpu",
     }  # fmt: skip
     progress = []
     rows = run_scenario(scenario, out, small, lambda *step: progress.append(step))
     assert rows == read_rows(out)
-    assert progress[-1] == ("llava-onevision-0.5b, 1 frames", 6, 6)
+    assert progress[-1] == ("llava-onevision-0.5b, 2 frames", 6, 6)
     dense, fastv = rows
     assert (dense["spec"], fastv["spec"]) == ("dense", "fastv:keep=0.25;layer=1")
     assert all(row["weights"] == "random" and row["shortened"] and row["attention"] == "sdpa" for row in rows)
     assert (dense["layers"], dense["vision_layers"], dense["dtype"]) == (2, 1, "bfloat16")
-    assert dense["tokens_per_layer"] == [233, 233]  # 14 + 22 words, 196 cells and a newline
-    assert fastv["tokens_per_layer"] == [233, 233 - 196 + 49]
+    assert dense["tokens_per_layer"] == [429, 429]  # 14 + 22 words, 2 x 196 cells and a newline
+    assert fastv["tokens_per_layer"] == [429, 429 - 392 + 98]
     assert dense["ttft_ratio"] == 1
     assert dense["overhead_of_dense"] == 0 < fastv["overhead_of_dense"]
     assert fastv["ttft_ratio"] == fastv["ttft"]["total"]["median"] / dense["ttft"]["total"]["median"]
     assert fastv["flops_counted"]["prefill"] - fastv["flops_counted"]["overhead"] == fastv["flops_prefill"]
     d, m = 896, 4864
-    assert fastv["paper_macs"] == sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in (197, 50))
+    assert fastv["paper_macs"] == sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in (393, 99))
     assert dense["memory"]["growth"] > 0
     assert dense["time_per_output_token"]["n"] == 2
-    assert dense["shapes"]["pixel_values_videos"] == [1, 1, 3, 384, 384]
+    assert dense["shapes"]["pixel_values_videos"] == [1, 2, 3, 384, 384]
     monkeypatch.setattr(run_speed, "_group", None)  # nothing is measured twice
     assert run_scenario(scenario, out, small) == rows
 
