@@ -181,16 +181,42 @@ def test_labels_need_the_whole_prompt(model, spec):
 
 
 @pytest.mark.parametrize("spec", ["random:keep=0.5", "fastv:keep=0.5"])
-def test_features_that_were_encoded_outside_are_refused(model, spec):
+def test_features_that_were_encoded_before_the_call(model, spec):
     family = FAMILIES["llava-onevision"]
     net, inputs = model(family), family.inputs("video")
-    features = net.model.get_video_features(inputs["pixel_values_videos"])
     given = {key: value for key, value in inputs.items() if key != "pixel_values_videos"}
+
+    def encode():
+        with torch.no_grad():
+            return {"video": net.get_video_features(inputs["pixel_values_videos"])}
+
+    early = encode()
+    with mmaccel.accelerate(net, spec):
+        want = call(net, inputs).logits
+        with pytest.raises(NotApplicableError, match="pixel values"):
+            call(net, given, mm_encoder_outputs=early)
+        for _ in range(2):
+            assert torch.equal(call(net, given, mm_encoder_outputs=encode()).logits, want)
+    with mmaccel.accelerate(net, "visionzip:keep=0.5"):
+        late = encode()
+        with_scores = call(net, inputs).logits
+        assert torch.equal(call(net, given, mm_encoder_outputs=late).logits, with_scores)
+    with mmaccel.accelerate(net, "random:keep=0.5"):
+        late = encode()
     with (
-        mmaccel.accelerate(net, spec),
-        pytest.raises(NotApplicableError, match="pixel values"),
+        mmaccel.accelerate(net, "visionzip:keep=0.5"),
+        pytest.raises(NotApplicableError, match="needs the vision encoder's attention"),
     ):
-        call(net, given, mm_encoder_outputs={"video": features})
+        call(net, given, mm_encoder_outputs=late)
+
+
+def test_features_that_a_user_asks_for_are_whole():
+    family = FAMILIES["llava-onevision"]
+    net, inputs = family.build(), family.inputs("video")
+    with torch.no_grad():
+        want = net.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        with mmaccel.accelerate(net, "fewer-frames:keep=0.5"):
+            assert torch.equal(net.get_video_features(inputs["pixel_values_videos"]).pooler_output, want)
 
 
 @drop_or_fastv

@@ -8,36 +8,48 @@ from typing import Any
 
 import torch
 
-from mmaccel.core.forward import calls_of
+from mmaccel.core.forward import Calls, calls_of
 from mmaccel.core.layout import Encoded, Site
+from mmaccel.core.run import current, opened
 from mmaccel.kernels.attention_received import attention_received
 
-__all__ = ["encoding", "note_encoding", "record_scores"]
+__all__ = ["encoding", "encoding_of", "note_encoding", "record_scores"]
+
+_NOTE = "_mmaccel_encoded"
 
 
 def note_encoding(site: Site, modality: str) -> Callable[..., Any]:
-    """A wrapper of the method that encodes one modality; what it notes is kept by the run."""
+    """A wrapper of the method that encodes one modality; what it notes stays with the output."""
 
     def around(call: Any, *args: Any, **kwargs: Any) -> Any:
-        calls = calls_of(site)
-        if calls is None or calls.encoding is not None:  # not in a run; or another handle, or a wrapper inside of ours
-            return call(*args, **kwargs)
-        encoded = calls.encoding = Encoded(modality, site.bind(modality, args, kwargs))
-        try:
-            encoded.given = call(*args, **kwargs)
-        finally:
-            calls.encoding = None
-        encoded.output = copy.copy(encoded.given)
-        calls.encoded[modality] = calls.forward.encoded[modality] = encoded
-        return encoded.given
+        outside = current(site.root) is None
+        with opened(site.root) as run:
+            calls = run.get(Calls)
+            if calls.encoding is not None:  # another handle, or the library's own call of one such method by another
+                return call(*args, **kwargs)
+            encoded = calls.encoding = Encoded(modality, site.bind(modality, args, kwargs), outside=outside)
+            try:
+                given = call(*args, **kwargs)
+            finally:
+                calls.encoding = None
+            encoded.output, encoded.tower = copy.copy(given), getattr(given, "last_hidden_state", None)
+            calls.encoded[modality] = calls.forward.encoded[modality] = encoded
+            if hasattr(given, "__dict__"):
+                object.__setattr__(given, _NOTE, encoded)
+            return given
 
     return around
 
 
 def encoding(site: Site) -> Encoded | None:
-    """The encoder call that is running on this model in this context, if there is one."""
+    """The encoder call that is running on this model in this context and serves a prompt, if there is one."""
     calls = calls_of(site)
-    return calls.encoding if calls is not None else None
+    return calls.encoding if calls is not None and calls.encoding is not None and not calls.encoding.outside else None
+
+
+def encoding_of(output: Any) -> Encoded | None:
+    """The encoder call that made `output`, if it was watched."""
+    return getattr(output, _NOTE, None)
 
 
 def record_scores(site: Site, kind: str) -> Callable[..., None]:

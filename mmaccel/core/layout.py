@@ -34,15 +34,17 @@ class ItemLayout:
 class Encoded:
     """One call of a vision encoder: its arguments, its output, and the raw attention scores of one layer, by kind.
 
-    output: a copy of what the encoder returned, since beam search repeats the features inside of the original (`given`)
-    later on. thinned: how the tower call was made smaller, outermost first. prompt: int64 [B, S], the token ids of the
-    prompt that the features go into, where it was given as ids.
+    output: a copy of what the encoder returned, since beam search repeats the features inside of the original later on.
+    tower: the vision tower's own output. outside: whether nobody asked for it on behalf of a prompt. thinned: how the
+    tower call was made smaller, outermost first. prompt: int64 [B, S], the token ids of the prompt that the features go
+    into, where it was given as ids.
     """
 
     modality: str
     arguments: dict[str, Any]
     output: Any = None
-    given: Any = None
+    tower: torch.Tensor | None = None
+    outside: bool = False
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     recorders: dict[str, object] = field(default_factory=dict)
     thinned: list[Any] = field(default_factory=list)
@@ -51,8 +53,7 @@ class Encoded:
     @property
     def finite(self) -> bool:
         """Whether the vision tower's own output is free of NaN and infinity."""
-        last = getattr(self.given, "last_hidden_state", None)
-        return last is None or bool(torch.isfinite(last).all())
+        return self.tower is None or bool(torch.isfinite(self.tower).all())
 
 
 class Site(Protocol):

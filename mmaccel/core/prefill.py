@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmaccel.core.encoding import encoding, note_encoding, record_scores
+from mmaccel.core.encoding import encoding, encoding_of, note_encoding, record_scores
 from mmaccel.core.forward import Calls, Count, Forward, Grid, Reduce, calls_of
 from mmaccel.core.layout import Encoded, GridLayout, ItemLayout, Site, VisualTokens
 from mmaccel.core.patching import Patcher, shared
@@ -156,8 +156,10 @@ class PrefillHooks:
         for modality in self.site.encoders:
             if given.get(modality) is None:
                 continue
-            if modality in calls.encoded:
-                forward.encoded[modality] = calls.encoded[modality]
+            # chunked prefill cuts the output into pieces that bear no note
+            encoded = encoding_of(given[modality]) or calls.encoded.get(modality)
+            if encoded is not None:
+                forward.encoded[modality] = encoded
             else:
                 forward.foreign = modality
 
@@ -177,7 +179,7 @@ class PrefillHooks:
         if forward.foreign and active:
             raise NotApplicableError(
                 f"{active} does not know which token shows what, because the {forward.foreign} features were computed "
-                "outside of this call; pass pixel values instead of mm_encoder_outputs."
+                "before it was put on; pass pixel values instead of mm_encoder_outputs."
             )
         map_tokens(self.site, forward, kwargs)
         if forward.tokens is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from mmaccel.core.patching import Patcher
 
-__all__ = ["Run", "current", "open_around_forward", "open_around_method"]
+__all__ = ["Run", "current", "open_around_forward", "open_around_method", "opened"]
 
 T = TypeVar("T")
 
@@ -60,6 +62,18 @@ def _close_if_done(root: nn.Module, run: Run) -> None:
         _runs.set({key: value for key, value in _runs.get().items() if key != id(root)})
 
 
+@contextmanager
+def opened(root: nn.Module) -> Iterator[Run]:
+    """Keep a run of `root` open in this block: the one that is open already, or a new one."""
+    run = current(root) or _open(root)
+    run.methods += 1
+    try:
+        yield run
+    finally:
+        run.methods -= 1
+        _close_if_done(root, run)
+
+
 def open_around_forward(patcher: Patcher, module: nn.Module, root: nn.Module | None = None) -> None:
     """Keep a run of `root` (by default of `module` itself) open during every call of `module`, also one that raises."""
     owner = module if root is None else root
@@ -89,14 +103,14 @@ def open_around_method(patcher: Patcher, obj: Any, name: str, root: nn.Module) -
     """Keep a run of `root` open during every call of the method `name` of `obj`."""
 
     def around(call: Any, *args: Any, **kwargs: Any) -> Any:
-        run = current(root) or _open(root)
-        run.methods += 1
-        try:
-            return call(*args, **kwargs)
-        finally:
-            run.methods -= 1
-            if not run.methods:
-                run.scopes.clear()
-            _close_if_done(root, run)
+        run = current(root)
+        if run is not None and not run.methods:
+            _open(root)  # a forward does not call this method: what is open was left by one that was interrupted
+        with opened(root) as run:
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if run.methods == 1:
+                    run.scopes.clear()
 
     patcher.wrap(obj, name, around)
