@@ -9,7 +9,7 @@ from torch import nn
 
 from mmaccel.core import run as module
 from mmaccel.core.patching import Patcher
-from mmaccel.core.run import Run, current, open_around_forward, open_around_method
+from mmaccel.core.run import Run, current, open_around_forward, open_around_method, opened
 
 
 class Counter:
@@ -78,6 +78,35 @@ def test_an_interrupted_call_is_closed_with_its_hooks():
     assert net() == 1
     assert net.seen[-1] is not stale
     other.undo()
+
+
+def test_a_generation_after_an_interrupted_forward_starts_clean(net):
+    with pytest.raises(KeyboardInterrupt):
+        net(KeyboardInterrupt)
+    assert current(net) is not None
+    assert net.generate() == [1, 2, 3]
+    assert current(net) is None
+
+
+def test_a_block_joins_what_is_open_and_ends_with_itself_otherwise(net):
+    with opened(net) as run:
+        assert current(net) is run
+        assert [net(), net()] == [1, 2]
+        with opened(net) as same:
+            assert same is run
+        assert current(net) is run
+    assert current(net) is None
+    seen = []
+
+    def inside(*_):
+        with opened(net) as run:
+            seen.append(run is current(net))
+        seen.append(current(net) is not None)
+
+    hook = net.register_forward_pre_hook(inside)
+    assert [net(), net()] == [1, 1]
+    hook.remove()
+    assert seen == [True] * 4
 
 
 def test_two_patchers_share_the_run(net):
