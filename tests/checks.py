@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import transformers
+from packaging.version import Version
 
 from mmaccel.tiny.families import FAMILIES
 
@@ -24,6 +26,18 @@ def mixture(family):
 def call(model, inputs, **more):
     with torch.no_grad():
         return model(**fresh(inputs), **more)
+
+
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+def cached(cache):
+    """The keyword that hands a cache to a model of this version of transformers."""
+    return {CACHE: cache}
+
+
+def cache_of(output):
+    return output[CACHE]
 
 
 def fresh(inputs):
@@ -63,7 +77,7 @@ def masked(model, gone, layer=0):
 
     def whole(_module, args, kwargs):
         B, S = kwargs["inputs_embeds"].shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         past = cache.get_seq_length() if cache is not None else 0
         given = kwargs.get("attention_mask")
         assert given is None or given.dim() == 2

@@ -8,6 +8,8 @@ import pytest
 import torch
 from checks import (
     ALL,
+    cache_of,
+    cached,
     call,
     close,
     dropped,
@@ -104,7 +106,7 @@ def test_masks_of_four_dimensions(model, family, method, kind):
     def two_steps(net, first, second):
         out = call(net, {**inputs, "attention_mask": first}, position_ids=position, use_cache=True)
         step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": second}
-        last = call(net, step, position_ids=position[..., -1:] + 1, past_key_values=out.past_key_values)
+        last = call(net, step, position_ids=position[..., -1:] + 1, **cached(cache_of(out)))
         return [out.logits[:, -1], last.logits[:, -1]]
 
     after = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
@@ -360,3 +362,36 @@ def test_a_prompt_without_anything_visual_is_left_alone_and_reported(model):
     notes = handle.report().as_dict()["notes"]
     assert [note.split(":")[0] for note in notes] == ["random", "fastv"]
     assert all("without visual tokens" in note for note in notes)
+
+
+@drop_or_fastv
+@each_family
+def test_masks_that_are_bool_or_left_out(model, family, method):
+    net, inputs, batch = model(family), family.inputs(mixture(family)[0]), family.inputs(mixture(family))
+    without = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    true = {**batch, "attention_mask": batch["attention_mask"].bool()}
+    with mmaccel.accelerate(net, SPECS[method]):
+        assert torch.equal(call(net, without).logits, call(net, inputs).logits)
+        want, want_steps = generate(net, batch, steps=3)
+        got, steps = generate(net, true, steps=3)
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, steps, want_steps))
+
+
+def test_a_cache_of_the_user_empty_or_emptied(model):
+    from transformers import DynamicCache
+
+    family = FAMILIES["llava-onevision"]
+    net, inputs = model(family), family.inputs(mixture(family))
+    with mmaccel.accelerate(net, "random:keep=0.4+fastv:keep=0.4"):
+        want, want_steps = generate(net, inputs, steps=3)
+        cache = DynamicCache()
+        for _ in range(2):
+            got, steps = generate(net, inputs, steps=3, **cached(cache))
+            assert torch.equal(got, want)
+            assert all(map(torch.equal, steps, want_steps))
+            cache.reset()
+    dense = generate(net, inputs, steps=3)
+    again = generate(net, inputs, steps=3, **cached(cache))
+    assert torch.equal(again[0], dense[0])
+    assert all(map(torch.equal, again[1], dense[1]))

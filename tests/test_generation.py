@@ -8,6 +8,8 @@ import pytest
 import torch
 from checks import (
     ALL,
+    cache_of,
+    cached,
     call,
     close,
     closed_up,
@@ -65,7 +67,7 @@ def second_turn(net, family, inputs, *, whole):
     tokens = torch.cat([first.sequences, new], 1)
     # the last token of the answer was written, but not read
     tokens = tokens if whole else tokens[:, -new.shape[1] - 1 :]
-    more = {"attention_mask": mask, "past_key_values": first.past_key_values}
+    more = {"attention_mask": mask, **cached(cache_of(first))}
     return generate(net, {"input_ids": tokens, **more}, steps=3)
 
 
@@ -93,7 +95,7 @@ def test_hand_written_loop_without_positions(model, family, method, with_mask):
             tokens.append(logits[-1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             more = {"attention_mask": mask} if with_mask else {}
-            out = call(net, {"input_ids": tokens[-1], **more}, past_key_values=out.past_key_values)
+            out = call(net, {"input_ids": tokens[-1], **more}, **cached(cache_of(out)))
         return torch.cat(tokens, 1), logits
 
     same(*both(net, inputs, method, loop))
@@ -119,10 +121,10 @@ def chat(net, prompts, positions, read=lambda turn: None, answer=3):
         step = {**inputs, "attention_mask": mask}
         for count in range(answer + 1):
             given = position if len(position) > 1 else position[0]
-            out = call(net, step, past_key_values=cache, position_ids=given, use_cache=True)
+            out = call(net, step, **cached(cache), position_ids=given, use_cache=True)
             if count == 0:
                 read(turn)
-            cache, position = out.past_key_values, position[..., -1:] + 1
+            cache, position = cache_of(out), position[..., -1:] + 1
             if count == answer:
                 break
             logits.append(out.logits[:, -1])
@@ -163,6 +165,24 @@ def test_chat_with_pictures_in_a_later_turn(model, family, method, kinds):
     answer = torch.zeros(3, 3, dtype=torch.bool)
     with masked(net, torch.cat([gone[0], answer, gone[1]], 1), layer_of(method)):
         same(got, chat(net, prompts, positions))
+
+
+@pytest.mark.parametrize("spec", ["holitom:keep=0.4;tau=0.3;contextual=0.3", "visionzip:keep=0.3", "random:keep=0.3"])
+@each_family
+def test_chat_of_a_padded_batch_equals_single_chats(model, family, spec):
+    net, kinds = model(family), CHATS["pictures twice"](family)
+    prompts = turns_of(family, kinds)
+    positions = [plain_call(net, inputs)[1] for inputs in prompts]
+    with mmaccel.accelerate(net, spec):
+        tokens, logits = chat(net, prompts, positions)
+        for row in range(3):
+            alone = [family.inputs(each, seed=number, row=row) for number, each in enumerate(kinds)]
+            starts = [int((inputs["attention_mask"][row] == 0).sum()) for inputs in prompts]
+            cut = [position[:, row : row + 1, start:] for position, start in zip(positions, starts, strict=True)]
+            one, want = chat(net, alone, cut)
+            assert torch.equal(tokens[row], one[0])
+            for got, expected in zip(logits, want, strict=True):
+                close(got[row], expected[0])
 
 
 @pytest.mark.parametrize("family", [FAMILIES["llava-onevision"], FAMILIES["qwen2.5-vl"]], ids=lambda f: f.name)
@@ -235,7 +255,7 @@ def test_removed_in_mid_chat(model, family, method):
         for _ in range(4):
             logits.append(out.logits[:, -1])
             tokens.append(logits[-1].argmax(-1, keepdim=True))
-            out = call(net, {"input_ids": tokens[-1]}, past_key_values=out.past_key_values)
+            out = call(net, {"input_ids": tokens[-1]}, **cached(cache_of(out)))
         return torch.cat(tokens, 1), logits
 
     with mmaccel.accelerate(net, SPECS[method]) as handle:
@@ -263,8 +283,8 @@ def test_removed_in_mid_chat_where_the_library_alone_would_be_wrong(model, spec,
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(kinds), new, dtype=torch.int64)], 1)
         step = {"input_ids": inputs["input_ids"][:, -new:], "attention_mask": mask}
         with handle.paused(), pytest.raises(NotApplicableError, match="removed or paused"):
-            call(net, step, past_key_values=copy.deepcopy(out.past_key_values))
-        call(net, step, past_key_values=out.past_key_values)
+            call(net, step, **cached(copy.deepcopy(cache_of(out))))
+        call(net, step, **cached(cache_of(out)))
 
 
 @drop_or_fastv
@@ -302,6 +322,19 @@ def test_beams_of_a_merge_are_repeats_of_their_prompt(model, family, spec):
         _, beams = generate(net, inputs, steps=0, num_beams=3)
         assert handle.report().kept(spec.split(":")[0]) == [row for row in kept for _ in range(3)]
     close(beams[0], alone[0].repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("spec", ["holitom:keep=0.4;tau=0.3;contextual=0.3", "random:keep=0.3+fastv:keep=0.5"])
+@each_family
+def test_beams_of_a_padded_batch_equal_beams_of_single_prompts(model, family, spec):
+    net, kinds = model(family), mixture(family)
+    more = {"max_new_tokens": 6, "num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
+    with mmaccel.accelerate(net, spec):
+        batch = net.generate(**family.inputs(kinds), **more)
+        for row in range(3):
+            alone = net.generate(**family.inputs(kinds, row=row), **more)
+            assert torch.equal(batch.sequences[row, -6:], alone.sequences[0, -6:])
+            close(batch.sequences_scores[row], alone.sequences_scores[0])
 
 
 @drop_or_fastv
@@ -359,10 +392,10 @@ def test_a_reduced_prompt_cannot_be_cropped_in_part(model):
     family = FAMILIES["llava-onevision"]
     net, inputs = model(family), family.inputs("video")
     with mmaccel.accelerate(net, "random:keep=0.3"):
-        cache = call(net, inputs, use_cache=True).past_key_values
+        cache = cache_of(call(net, inputs, use_cache=True))
         seen = cache.get_seq_length()
         assert seen == inputs["input_ids"].shape[1]
-        call(net, {"input_ids": inputs["input_ids"][:, -3:]}, past_key_values=cache)
+        call(net, {"input_ids": inputs["input_ids"][:, -3:]}, **cached(cache))
         cache.crop(-5)
         assert cache.get_seq_length() == seen - 2
         text = next(i for i, place in enumerate(reversed(family.places("video")[0])) if place is not None)

@@ -9,6 +9,8 @@ import torch
 from checks import (
     ALL,
     VIDEO,
+    cache_of,
+    cached,
     call,
     close,
     closed_up,
@@ -147,11 +149,9 @@ def test_compacted_positions_equal_a_shorter_prompt(model, family, method):
         for step in range(len(steps)):
             with torch.no_grad():
                 here = want[:, None] if len(want) > 1 else want
-                out = language_model(
-                    inputs_embeds=embeds, position_ids=here, past_key_values=cache, use_cache=True, **deep
-                )
+                out = language_model(inputs_embeds=embeds, position_ids=here, **cached(cache), use_cache=True, **deep)
                 close(steps[step][row], net.lm_head(out.last_hidden_state[0, -1]))
-                embeds, cache, deep = net.get_input_embeddings()(new[row, step])[None, None], out.past_key_values, {}
+                embeds, cache, deep = net.get_input_embeddings()(new[row, step])[None, None], cache_of(out), {}
             last = last + 1
             want = last[:, None]
 

@@ -8,16 +8,19 @@ tokens are held is written in the `Ledger` that all layers of a cache share.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmaccel.errors import NotApplicableError
 
-__all__ = ["Kept", "Ledger", "PrunedLayer", "ledger_of", "pruned_cache"]
+__all__ = ["Kept", "Ledger", "PrunedLayer", "cache_keyword", "ledger_of", "pruned_cache"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,16 @@ class PrunedLayer(DynamicLayer):
         self._rows(lambda tensor: tensor[indices.to(tensor.device)])
 
 
+def cache_keyword(module: nn.Module) -> str:
+    """The name under which `module` takes its cache: "cache", before transformers 5.24 "past_key_values"."""
+    return _cache_keyword(type(module))
+
+
+@functools.cache
+def _cache_keyword(cls: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(cls.forward).parameters else "past_key_values"
+
+
 def ledger_of(cache: Any) -> Ledger | None:
     """The book of `cache` if tokens have been taken out of what it has seen."""
     layers = getattr(cache, "layers", None)
@@ -189,9 +202,7 @@ def pruned_cache(cache: Any, config: Any, num_layers: int) -> Cache:
     if cache is None:
         cache = DynamicCache(config=config)
     if not isinstance(cache, Cache):
-        raise NotApplicableError(
-            f"past_key_values is a {type(cache).__name__}; pass a transformers DynamicCache or none."
-        )
+        raise NotApplicableError(f"the cache is a {type(cache).__name__}; pass a transformers DynamicCache or none.")
     for index, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PrunedLayer):
             raise NotApplicableError(

@@ -71,6 +71,7 @@ class PrefillHooks:
         self.site, self.patcher, self.count = site, patcher, count
         self._before: list[_Reducer] = []
         self._inside: list[tuple[str, int, Reduce | None]] = []
+        self._fitting: set[int] = set()
 
     def reduce_before(
         self,
@@ -122,7 +123,7 @@ class PrefillHooks:
         patcher.before(site.language_model, self._before_language_model)
         patcher.after(site.language_model, self._after_language_model, always=True)
         for index, layer in enumerate(site.layers):
-            patcher.before(layer, fit_layer(site, index))
+            patcher.before(layer, fit_layer(site, index, self._fitting))
         for name, layer, reduce in self._inside:
             key = object()
             if reduce is not None:
@@ -172,8 +173,10 @@ class PrefillHooks:
         forward = calls.forward
         forward.mapped = True
         kwargs = dict(kwargs)
-        go_on(forward, kwargs)
+        go_on(forward, kwargs, self.site)
         together = shared(self.site.root, _Together) or _Together()
+        if together.inside or (forward.ledger is not None and len(forward.ledger.groups) > 1):
+            self._fitting.add(id(forward))
         reducers = sorted(together.before, key=lambda reducer: reducer.order)
         active = together.active
         if forward.foreign and active:
@@ -199,6 +202,7 @@ class PrefillHooks:
             if placement is not None and not placement.identity:
                 self._shortens(calls, kwargs)
                 apply(forward, kwargs, placement, reducer.positions)
+                self._fitting.add(id(forward))
             left = n if forward.tokens is tokens else int(forward.tokens.visual.sum())
             reducer.count(reducer.name, _BEFORE, n, left, forward.tokens)
         return args, kwargs
@@ -266,9 +270,10 @@ class PrefillHooks:
 
     def _after_language_model(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any = None) -> None:
         calls = calls_of(self.site)
-        if calls is None or calls.forward.settled:
+        forward = calls.forward if calls is not None else None
+        self._fitting.discard(id(forward))
+        if forward is None or forward.settled:
             return
-        forward = calls.forward
         forward.settled = True
         if forward.ledger is not None:
             forward.ledger.served = False

@@ -104,11 +104,14 @@ def _decide(
     return found
 
 
-def fit_layer(site: Site, number: int) -> Callable[..., Any]:
-    """A hook that brings the keywords of decoder layer `number` in line with the tokens and keys alive there."""
+def fit_layer(site: Site, number: int, fitting: set[int]) -> Callable[..., Any]:
+    """A hook that brings the keywords of decoder layer `number` in line with the tokens and keys alive there.
+
+    fitting: the forwards that need it; while there is none, as in most decoding steps, the hook costs nothing.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls = calls_of(site)
+        calls = calls_of(site) if fitting else None
         if calls is None:
             return None
         forward = calls.forward

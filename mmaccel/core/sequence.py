@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmaccel.core.cache import Kept, Ledger, PrunedLayer, ledger_of, pruned_cache
+from mmaccel.core.cache import Kept, Ledger, PrunedLayer, cache_keyword, ledger_of, pruned_cache
 from mmaccel.core.forward import Forward
 from mmaccel.core.layout import Site
 from mmaccel.errors import NotApplicableError
@@ -21,21 +21,22 @@ from mmaccel.tokens.place import TEXT, Placement, compact_positions
 __all__ = ["apply", "go_on", "prepare_cache", "settle"]
 
 
-def go_on(forward: Forward, kwargs: dict[str, Any]) -> None:
+def go_on(forward: Forward, kwargs: dict[str, Any], site: Site) -> None:
     """Bring mask and positions of a call that goes on with a reduced cache in line with what the cache holds.
 
     Raises:
         NotApplicableError: the mask does not cover the sequence that was seen.
     """
-    embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+    embeds, cache = kwargs["inputs_embeds"], kwargs.get(cache_keyword(site.language_model))
     B, S = embeds.shape[:2]
     forward.length = S
     ledger = ledger_of(cache)
     if ledger is None or cache is None:
         forward.seen = int(cache.get_seq_length()) if cache is not None and S > 1 else 0
         return
+    first = cache.layers[0]
     forward.cache, forward.ledger = cache, ledger
-    _measure(forward)
+    forward.seen, forward.hidden, forward.held = first.get_seq_length(), first.hidden, [first.held]
     ledger.served = True
     kwargs["attention_mask"] = _mask_of_held(forward, ledger, kwargs.get("attention_mask"), B)
     if ledger.shift is None:
@@ -44,12 +45,6 @@ def go_on(forward: Forward, kwargs: dict[str, Any]) -> None:
     if position is None:
         position = torch.arange(forward.seen, forward.seen + S, device=embeds.device).expand(B, S)
     kwargs["position_ids"] = position - ledger.shift.to(position.device)[:, None]
-
-
-def _measure(forward: Forward) -> None:
-    layers = forward.cache.layers
-    forward.seen, forward.hidden = layers[0].get_seq_length(), layers[0].hidden
-    forward.held = [layer.held for layer in layers]
 
 
 def _mask_of_held(forward: Forward, ledger: Ledger, mask: Any, B: int) -> torch.Tensor | None:
@@ -75,7 +70,9 @@ def _mask_of_held(forward: Forward, ledger: Ledger, mask: Any, B: int) -> torch.
         if not kept.full:
             old = old.masked_fill(~valid[:, None, None], _never(mask))
         return torch.cat([old, mask[..., ledger.seen :]], 3)
-    mask = nn.functional.pad(mask, (missing, 0), value=1).expand(B, -1)
+    if missing:
+        mask = nn.functional.pad(mask, (missing, 0), value=1)
+    mask = mask.expand(B, -1)
     old = mask.gather(1, source)
     return torch.cat([mask[:, : forward.hidden], old if kept.full else old * valid, mask[:, ledger.seen :]], 1)
 
@@ -93,12 +90,15 @@ def prepare_cache(forward: Forward, kwargs: dict[str, Any], site: Site) -> None:
     if forward.prepared:
         return
     forward.prepared = True
-    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    name = cache_keyword(site.language_model)
+    cache, use_cache = kwargs.get(name), kwargs.get("use_cache")
     config = site.language_model.config
     if cache is None and not (getattr(config, "use_cache", True) if use_cache is None else use_cache):
         return
-    forward.cache = kwargs["past_key_values"] = pruned_cache(cache, config, len(site.layers))
-    _measure(forward)
+    forward.cache = kwargs[name] = pruned_cache(cache, config, len(site.layers))
+    layers = forward.cache.layers
+    forward.seen, forward.hidden = layers[0].get_seq_length(), layers[0].hidden
+    forward.held = [layer.held for layer in layers]
     mask, end = kwargs.get("attention_mask"), forward.hidden + forward.held[0]
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > end:
         forward.old_valid = mask[:, forward.hidden : end].bool()
