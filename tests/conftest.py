@@ -4,11 +4,20 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread a process, in threads that a test starts and in processes that it starts too: the workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+_WORKERS = 8  # each takes about 1.5 GB
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many workers as this process may use cores; the default counts physical ones."""
+    return min(_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
