@@ -6,6 +6,7 @@ fastest path that the device has and says why it fell back; `triton` raises inst
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Backend", "Event", "backend", "choose", "record", "recording", "use"]
+__all__ = ["Backend", "Event", "backend", "choose", "no_triton", "record", "recording", "use"]
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -71,6 +72,22 @@ def record(op: str, backend: str, reason: str | None = None) -> None:
     """Tell every open `recording` that `op` ran on `backend`, and the reason if that was a fallback."""
     for events in _recorders.get():
         events.append(Event(op, backend, reason))
+
+
+def no_triton(*tensors: torch.Tensor | None) -> str | None:
+    """Say why no Triton kernel can take these tensors, None if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from mmaccel.kernels.tiles import interpreted
+
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
+            return f"the tensors are on the {tensor.device.type}, and TRITON_INTERPRET is not set"
+        if tensor.is_floating_point() and tensor.element_size() == 8:
+            return "float64 has no Triton path"
+    return None
 
 
 def choose(op: str, device: torch.device, *, triton_missing: str | None) -> Literal["torch", "triton"]:

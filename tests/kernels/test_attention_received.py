@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from harness import DEVICE, DTYPES, as_good_as, covering, describe, gpu_only, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -208,7 +209,9 @@ def test_huge_logits_do_not_overflow(backend):
 def test_wrong_arguments():
     q, k = make(2, 4, 2, 5, 6, 4, torch.float32)
     wrong = [
-        {"reduce": "block"},
+        {"reduce": "row"},
+        {"reduce": "block", "block": 0},
+        {"reduce": "diagonal"},
         {"queries": 0},
         {"queries": 6},
         {"queries": True},
@@ -239,7 +242,9 @@ def test_opcheck(heads, rows):
     q, k = make(2, 4, 2, 3, 5, 4, torch.float32)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
     for causal in (False, True):
-        torch.library.opcheck(torch.ops.mmaccel.attention_received.default, (q, k, rows, mask, causal, heads, 0.5))
+        torch.library.opcheck(
+            torch.ops.mmaccel.attention_received.default, (q, k, rows, mask, causal, heads, 0.5, causal)
+        )
 
 
 def test_compiles_to_one_graph():
@@ -267,11 +272,11 @@ def test_backends_and_the_record(monkeypatch):
     ran = kernels.Event("attention_received", "torch", None)
     assert (outer, inner) == ([ran, ran], [ran])
 
-    with kernels.use("triton"), pytest.raises(NotApplicableError, match="no Triton path"):
-        attention_received(q, k)
+    with kernels.use("triton"), pytest.raises(NotApplicableError, match="float64 has no Triton path"):
+        attention_received(q.double(), k.double())
     monkeypatch.setenv("MMACCEL_KERNELS", "triton")
     with pytest.raises(NotApplicableError, match="attention_received"):
-        attention_received(q, k)
+        attention_received(q.double(), k.double())
     with kernels.use("torch"):
         attention_received(q, k)
     monkeypatch.setenv("MMACCEL_KERNELS", "cuda")
@@ -292,22 +297,149 @@ def test_a_fallback_on_a_gpu_is_recorded_with_its_reason():
     assert [(e.backend, e.reason) for e in events] == [("torch", "no path for int8"), ("triton", None), ("torch", None)]
 
 
+SHAPES = covering(
+    queries=[1, 7, 65, 129],
+    keys=[1, 7, 65, 129],
+    D=[64, 72, 80, 128],
+    groups=[1, 2, 8],
+    causal=[False, True],
+    chosen=["all", "rows"],
+    padding=[None, "left", "holes"],
+    dtype=DTYPES,
+    layout=["plain", "strided"],
+)
+SHAPES = [case for case in SHAPES if not (case["causal"] and case["queries"] > case["keys"])]
+
+
+def inputs_of(case, seed=0):
+    H = max(2, case["groups"]) if case["groups"] < 8 else 8
+    B = 1 if H == 8 or case["queries"] * case["keys"] > 5000 else 2
+    q, k = make(B, H, H // case["groups"], case["queries"], case["keys"], case["D"], case["dtype"], seed)
+    g = torch.Generator().manual_seed(seed)
+    rows = None if case["chosen"] == "all" else torch.randint(-1, case["queries"], (B, 5), generator=g)
+    padding = None
+    if case["padding"] == "holes":
+        padding = torch.rand(B, case["keys"], generator=g) > 0.3
+    elif case["padding"] == "left":
+        padding = torch.arange(case["keys"]).expand(B, -1) >= torch.randint(0, case["keys"] + 1, (B, 1), generator=g)
+    if case["layout"] == "strided":
+        q, k = strided(q), strided(k)
+    return q, k, rows, padding
+
+
+def on(device, *tensors):
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
+
+
+def low_precision(q, k, rows, padding, causal, scale):
+    """The map written in torch in the inputs' own dtype, as eager attention does it; float64 sums."""
+    B, H, Sq, _ = q.shape
+    Sk = k.shape[2]
+    seen = torch.ones(B, 1, Sq, Sk, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen & torch.ones(Sq, Sk, dtype=torch.bool, device=q.device).tril(Sk - Sq)
+    if padding is not None:
+        seen = seen & padding[:, None, None]
+    maps = (q @ k.repeat_interleave(H // k.shape[1], 1).mT * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+    weight = torch.ones(B, Sq, device=q.device)
+    if rows is not None:
+        weight = torch.zeros(B, Sq + 1, device=q.device).scatter_add_(
+            1, rows + 1, torch.ones(rows.shape, device=q.device)
+        )
+        weight = weight[:, 1:]
+    weight = weight * seen.any(-1)[:, 0]
+    total = (maps.double().nan_to_num() * weight[:, None, :, None]).sum(2)
+    return total / weight.sum(1).clamp_min(1)[:, None, None]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=describe)
+def test_triton_is_as_good_as_torch_in_the_same_dtype(on_triton, case):
+    given = on(DEVICE, *inputs_of(case))
+    q, k, rows, padding = given
+    got = torch.ops.mmaccel.attention_received(q, k, rows, padding, case["causal"], True, 0.25, False)
+    exact = reference.attention_received(q.double(), k.double(), rows, padding, case["causal"], True, 0.25)
+    low = low_precision(q, k, rows, padding, case["causal"], 0.25)
+    as_good_as(got, low, exact.double(), floor=2e-6)
+    mean = torch.ops.mmaccel.attention_received(q, k, rows, padding, case["causal"], False, 0.25, False)
+    torch.testing.assert_close(mean, got.mean(1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(("Sq", "Sk"), [(1, 1), (7, 7), (3, 70), (66, 70)])
+def test_diagonals_equal_the_loops(monkeypatch, on_triton, backend, heads, Sq, Sk):
+    q, k = make(2, 4, 2, Sq, Sk, 3, torch.float32)
+    g = torch.Generator().manual_seed(4)
+    ok = torch.arange(Sk).expand(2, -1) >= torch.tensor([[0], [Sk // 2]])
+    for rows in (None, torch.randint(-1, Sq, (2, 3), generator=g)):
+        for mask in (None, ok):
+            want = torch.zeros(2, 4, Sk, dtype=torch.float64)
+            for b in range(2):
+                chosen = range(Sq) if rows is None else [i for i in rows[b].tolist() if i >= 0]
+                chosen = [i for i in chosen if mask is None or bool(mask[b, : i + Sk - Sq + 1].any())]
+                for i in chosen:
+                    one = naive(q[b : b + 1], k[b : b + 1], [[i]], None if mask is None else mask[b : b + 1], True)[0]
+                    for j in range(i + Sk - Sq + 1):
+                        want[b, :, i + Sk - Sq - j] += one[:, j] / len(chosen)
+            arguments = (q, k, rows, mask, True, heads, 3**-0.5, True)
+            if backend == "triton":
+                got = torch.ops.mmaccel.attention_received(*on(DEVICE, *arguments[:4]), *arguments[4:]).cpu()
+            else:
+                got = BACKENDS[backend](*arguments)
+            torch.testing.assert_close(got.double(), want if heads else want.mean(1), atol=1e-6, rtol=0)
+
+
+def test_blocks_are_sums_of_tokens():
+    q, k = make(2, 4, 2, 7, 23, 4, torch.float32)
+    by_token = attention_received(q, k, causal=True, heads=True)
+    got = attention_received(q, k, causal=True, heads=True, reduce="block", block=5)
+    want = torch.stack([by_token[..., start : start + 5].sum(-1) for start in range(0, 23, 5)], -1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(attention_received(q, k, reduce="block", block=64)[:, 0], torch.ones(2))
+
+
+def test_triton_where_nothing_is_seen(on_triton):
+    for shape in ((0, 2, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)):
+        B, H, Sq, Sk = shape
+        q, k = on(DEVICE, *make(B, H, H, Sq, Sk, 64, torch.float32))
+        assert torch.ops.mmaccel.attention_received(q, k, None, None, False, False, 1.0, False).eq(0).all()
+    q, k = on(DEVICE, *make(2, 2, 2, 3, 5, 64, torch.float32))
+    nothing = torch.tensor([[False] * 5, [True] * 5], device=DEVICE)
+    got = attention_received(q, k, key_padding=nothing)
+    assert got[0].eq(0).all()
+    torch.testing.assert_close(got[1].sum(), torch.ones((), device=DEVICE))
+
+
+def test_triton_ignores_nan_that_is_not_read_and_shows_the_rest(on_triton):
+    q, k = on(DEVICE, *make(3, 2, 2, 5, 5, 64, torch.float32))
+    clean = attention_received(q, k)
+    bad_q, bad_k = q.clone(), k.clone()
+    bad_q[1, 0, 3], bad_k[2, 1, 0] = torch.nan, torch.nan
+    got = attention_received(bad_q, bad_k)
+    torch.testing.assert_close(got[0], clean[0])
+    assert got[1:].isnan().all()
+    ok = torch.tensor([[False, True, True, True, True]] * 3, device=DEVICE)
+    got = attention_received(bad_q, bad_k, queries=(0, 2), key_padding=ok)
+    torch.testing.assert_close(got, attention_received(q, k, queries=(0, 2), key_padding=ok))
+
+
+def test_a_head_that_is_too_long_falls_back_with_a_reason(on_triton):
+    q, k = make(1, 1, 1, 2, 2, 300, torch.float32)
+    with pytest.raises(NotApplicableError, match="300 channels"):
+        attention_received(q, k)
+    with kernels.use("auto"):
+        attention_received(q, k)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_blocked_path_runs_on_a_gpu(dtype):
-    q, k = make(2, 4, 2, 33, 65, 16, dtype)
-    ok = torch.rand(2, 65, generator=torch.Generator().manual_seed(0)) > 0.2
-    exact = reference.attention_received(q.double(), k.double(), None, ok, True, False, 0.25)
-    got = attention_received(
-        q.cuda(),
-        k.cuda(),
-        causal=True,
-        key_padding=ok.cuda(),
-        query_padding=torch.ones(2, 33, dtype=torch.bool).cuda(),
-        scale=0.25,
-    )
-    torch.testing.assert_close(got.cpu(), exact, atol=1e-3 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Sq", "Sk", "causal"), [(729, 729, False), (2048, 6309, True), (1, 6309, True)])
+def test_full_shapes_on_a_gpu(on_triton, dtype, Sq, Sk, causal):
+    gpu_only()
+    q, k = on(DEVICE, *make(2, 14, 2, Sq, Sk, 72, dtype))
+    got = torch.ops.mmaccel.attention_received(q, k, None, None, causal, True, 72**-0.5, False)
+    exact = reference.attention_received(q.double(), k.double(), None, None, causal, True, 72**-0.5)
+    as_good_as(got, low_precision(q, k, None, None, causal, 72**-0.5), exact.double(), floor=2e-6)
 
 
 class PeakMemory(TorchDispatchMode):

@@ -13,9 +13,11 @@ import torch
 
 from mmaccel.errors import MethodError
 from mmaccel.kernels.attention_received import cpu
-from mmaccel.kernels.dispatch import choose
+from mmaccel.kernels.dispatch import choose, no_triton
 
 __all__ = ["attention_received"]
+
+_MAX_HEAD = 256  # of the Triton path
 
 Queries = Literal["all"] | int | tuple[int, int] | torch.Tensor
 
@@ -25,7 +27,8 @@ def attention_received(
     k: torch.Tensor,
     *,
     queries: Queries = "all",
-    reduce: Literal["token"] = "token",
+    reduce: Literal["token", "block", "diagonal"] = "token",
+    block: int = 64,
     causal: bool = False,
     key_padding: torch.Tensor | None = None,
     query_padding: torch.Tensor | None = None,
@@ -35,38 +38,49 @@ def attention_received(
     """Return the mean over heads and chosen query rows of `softmax(q k^T * scale)`: what each key receives.
 
     q (B, H, Sq, D) and k (B, Hkv, Sk, D) are as attention sees them (after norms and rotary embedding), of one
-    floating dtype, H a multiple of Hkv. The result is float32 (B, Sk), or (B, H, Sk) with `heads`, and sums to 1 over
-    the keys of an item (of each head); an item without a valid query row or a valid key receives 0 everywhere.
+    floating dtype, H a multiple of Hkv. The result is float32 (B, N), or (B, H, N) with `heads`, and sums to 1 over
+    the N entries of an item (of each head); an item without a valid query row or a valid key receives 0 everywhere.
 
     queries: "all"; an int n, the last n valid rows of each item; (start, stop), a span of rows; or a 1-D integer
     tensor of row numbers (negative ones count from the end, repeated ones count twice).
     key_padding: bool (B, Sk), True where the key is valid. query_padding: bool (B, Sq) likewise; without it every row
     is valid, except under `causal`, where queries are the last Sq keys and share their validity.
     causal: a row sees the keys up to its own position; rows are aligned to the end of the keys.
-    reduce: "token", a value for every key. scale: None is D ** -0.5.
+    reduce: "token", a value for every key, N = Sk; "block", the sum of each `block` keys in a row (the last block may
+    be shorter), N = ceil(Sk / block), as UniPrefill scores blocks; "diagonal" (causal only), entry o sums what keys
+    receive that lie o places before their query, N = Sk, as MInference estimates slash lines. scale: None is D ** -0.5.
 
     NaN in a row or key that takes part makes the item's result NaN. Raises MethodError for arguments that do not fit.
     """
-    _check(q, k, reduce, causal, key_padding, query_padding)
+    _check(q, k, reduce, block, causal, key_padding, query_padding)
     B, _, Sq, D = q.shape
     if query_padding is None and causal and key_padding is not None:
         query_padding = key_padding[:, k.shape[2] - Sq :]
     rows = _rows(queries, B, Sq, query_padding, q.device)
-    return torch.ops.mmaccel.attention_received(
-        q, k, rows, key_padding, causal, heads, D**-0.5 if scale is None else float(scale)
+    received = torch.ops.mmaccel.attention_received(
+        q, k, rows, key_padding, causal, heads, D**-0.5 if scale is None else float(scale), reduce == "diagonal"
     )
+    if reduce != "block":
+        return received
+    short = -received.shape[-1] % block
+    return torch.nn.functional.pad(received, (0, short)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def _check(
     q: torch.Tensor,
     k: torch.Tensor,
     reduce: str,
+    block: int,
     causal: bool,
     key_padding: torch.Tensor | None,
     query_padding: torch.Tensor | None,
 ) -> None:
-    if reduce != "token":
-        raise MethodError(f"reduce={reduce!r} is not known; the only reduction is 'token'")
+    if reduce not in ("token", "block", "diagonal"):
+        raise MethodError(f"reduce={reduce!r} is not known; choose token, block or diagonal")
+    if block < 1:
+        raise MethodError(f"block={block} keys make no block; give at least 1")
+    if reduce == "diagonal" and not causal:
+        raise MethodError("diagonals are counted back from the query, so they need causal=True")
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise MethodError(
             f"q must be (B, H, Sq, D) and k (B, Hkv, Sk, D), equal in B and D; got {tuple(q.shape)}, {tuple(k.shape)}"
@@ -131,9 +145,16 @@ def _run(
     causal: bool,
     heads: bool,
     scale: float,
+    diagonal: bool,
 ) -> torch.Tensor:
-    choose("attention_received", q.device, triton_missing="it has no Triton path yet")
-    return cpu.attention_received(q, k, rows, key_padding, causal, heads, scale)
+    reason = no_triton(q, k)
+    if reason is None and q.shape[3] > _MAX_HEAD:
+        reason = f"heads of {q.shape[3]} channels are longer than {_MAX_HEAD}"
+    if choose("attention_received", q.device, triton_missing=reason) == "triton":
+        from mmaccel.kernels.attention_received import triton
+
+        return triton.attention_received(q, k, rows, key_padding, causal, heads, scale, diagonal)
+    return cpu.attention_received(q, k, rows, key_padding, causal, heads, scale, diagonal)
 
 
 def _fake(
@@ -144,6 +165,7 @@ def _fake(
     causal: bool,  # noqa: ARG001
     heads: bool,
     scale: float,  # noqa: ARG001
+    diagonal: bool,  # noqa: ARG001
 ) -> torch.Tensor:
     shape = (q.shape[0], q.shape[1], k.shape[2]) if heads else (q.shape[0], k.shape[2])
     return q.new_empty(shape, dtype=torch.float32)
@@ -152,8 +174,8 @@ def _fake(
 # torch.library.custom_op would import torch._dynamo at the first eager call: seconds, in the middle of a first token.
 _library = torch.library.Library("mmaccel", "FRAGMENT")
 _library.define(
-    "attention_received(Tensor q, Tensor k, Tensor? rows, Tensor? key_padding, bool causal, bool heads, float scale)"
-    " -> Tensor"
+    "attention_received(Tensor q, Tensor k, Tensor? rows, Tensor? key_padding, bool causal, bool heads, float scale,"
+    " bool diagonal) -> Tensor"
 )
 _library.impl("attention_received", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mmaccel::attention_received", _fake, lib=_library)

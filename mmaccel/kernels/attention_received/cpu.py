@@ -56,8 +56,9 @@ def attention_received(
     causal: bool,
     heads: bool,
     scale: float,
+    diagonal: bool = False,
 ) -> torch.Tensor:
-    """Column means of `softmax(q k^T * scale)`, equal to reference.py up to rounding; same arguments."""
+    """Column (or diagonal) means of `softmax(q k^T * scale)`, equal to reference.py up to rounding; same arguments."""
     B, H, Sq, _ = q.shape
     Hkv, Sk = k.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -105,10 +106,22 @@ def attention_received(
                     future = torch.arange(start, end, device=q.device) > at[:, None] + (Sk - Sq)
                     scores.view(h1 - h0, m1 - m0, G, -1)[..., start - first :].masked_fill_(future[:, None], -torch.inf)
                 torch.softmax(scores, -1, out=scores)
-                if heads:
+                if diagonal:
+                    by_row = scores.view(h1 - h0, m1 - m0, G, -1).transpose(1, 2).flatten(0, 1)
+                    mine = out[b, h0 * G : h1 * G] if heads else out[b]
+                    _add_diagonals(mine, by_row if heads else by_row.sum(0, keepdim=True), at + (Sk - Sq), first)
+                elif heads:
                     received = scores.view(h1 - h0, m1 - m0, G, -1).sum(1).flatten(0, 1)
                     out[b, h0 * G : h1 * G, first:end] += received
                 else:
                     out[b, 0, first:end] += scores.flatten(0, 1).sum(0)
         out[b] /= len(index) * (1 if heads else H)
     return (out if heads else out[:, 0]).float()
+
+
+def _add_diagonals(out: torch.Tensor, shares: torch.Tensor, positions: torch.Tensor, first: int) -> None:
+    """Add shares [h, m, n], of keys from `first` on, to out [h, Sk], each at its distance from the query's position."""
+    for row, position in enumerate(positions.tolist()):
+        seen = shares[:, row, : position + 1 - first]
+        nearest = position - first - seen.shape[1] + 1
+        out[:, nearest : nearest + seen.shape[1]] += seen.flip(1)

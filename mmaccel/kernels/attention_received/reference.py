@@ -15,8 +15,9 @@ def attention_received(
     causal: bool,
     heads: bool,
     scale: float,
+    diagonal: bool = False,
 ) -> torch.Tensor:
-    """Column means of `softmax(q k^T * scale)`; arguments as in the registered op, computed in float32 or wider."""
+    """Column (or diagonal) means of `softmax(q k^T * scale)` in float32 or wider; arguments as in the registered op."""
     B, H, Sq, _ = q.shape
     Sk = k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -37,5 +38,10 @@ def attention_received(
     chosen = chosen * visible.any(-1)
 
     probabilities = probabilities.masked_fill(chosen[:, None, :, None] == 0, 0)
-    received = torch.einsum("bhqk,bq->bhk", probabilities, chosen) / chosen.sum(1).clamp(min=1)[:, None, None]
+    probabilities = probabilities * chosen[:, None, :, None]
+    if diagonal:  # turn every row around its own query: key j of query i comes to place i + Sk - Sq - j
+        distance = torch.arange(Sq, device=q.device)[:, None] + (Sk - Sq) - torch.arange(Sk, device=q.device)
+        turned = probabilities.gather(3, distance.clamp_min(0).expand(B, H, Sq, Sk))
+        probabilities = turned.masked_fill(distance < 0, 0)
+    received = probabilities.sum(2) / chosen.sum(1).clamp(min=1)[:, None, None]
     return (received if heads else received.mean(1)).float()
