@@ -104,7 +104,10 @@ class VideoLM:
     def bind(self, modality: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of an encoder call by name."""
         bound = self._signatures[modality].bind_partial(self.root, *args, **kwargs)
-        return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        if modality == "video" and "pixel_values_videos" not in named:  # LLaVA's name for them before transformers 5.22
+            named["pixel_values_videos"] = named.get("pixel_values")
+        return named
 
     def decoder_attention(self, layer: int) -> nn.Module:
         """The attention module of decoder layer `layer`."""

@@ -141,19 +141,25 @@ class PrunedLayer(DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens.
+        """Remove the last `-tokens_to_remove` tokens; a positive number is the length to crop to (old transformers).
 
         Raises:
             NotApplicableError: they reach into the part of the prompt that was reduced.
         """
+        seen = self.get_seq_length()
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+        if n == 0 or self.keys is None or self.values is None:
+            return
         if self.keeper and self.ledger is not None:
-            older = -tokens_to_remove - (self.get_seq_length() - self.ledger.seen)
+            older = n - (seen - self.ledger.seen)
             if older > 0:
                 self.ledger.crop(older)
-        super().crop(tokens_to_remove)
+        self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
 
     def reset(self) -> None:
         """Empty the layer."""
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         self.hidden, self.ledger = 0, None
 
