@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from mmaccel.compose import arrange, check, normalise
-from mmaccel.errors import AdapterError, MMAccelError, NotApplicableError
+from mmaccel.errors import AdapterError, NotApplicableError
 from mmaccel.handle import Handle, present
 from mmaccel.method import Method, Touch, registry
 from mmaccel.targets import Target, resolve
@@ -115,11 +115,13 @@ def explain(target: Any) -> Explanation:
             if found.kind not in cls.info.targets:
                 reasons[name] = f"works on {' or '.join(cls.info.targets)}"
                 continue
+            needed = [entry.name for entry in fields(cls) if MISSING == entry.default == entry.default_factory]
+            if needed:
+                reasons[name] = f"cannot be tried without values for {', '.join(needed)}"
+                continue
             touches[name] = _plan(cls(), found)
         except (NotApplicableError, AdapterError) as error:
             reasons[name] = str(error)
-        except TypeError as error:
-            raise MMAccelError(f"{name} cannot be made without arguments: {error}") from error
     return Explanation(type(target).__name__, found.kind, found.family, touches, reasons)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmaccel.compose import check
-from mmaccel.core.patching import Patcher
+from mmaccel.core.patching import Patcher, forget_compiled, refuse_copies
 from mmaccel.errors import MMAccelError
 from mmaccel.install import Installer
 from mmaccel.method import Method
@@ -39,6 +39,10 @@ class Handle:
 
     def _install(self) -> None:
         try:
+            forget_compiled()
+            for module in {id(m): m for m in (self._target.root, self._target.site.target)}.values():
+                for name in ("__deepcopy__", "__reduce_ex__"):
+                    self._patcher.set(module, name, refuse_copies)
             installer = Installer(self._target, self._patcher, self._report)
             for method in self._methods:
                 method.install(installer)

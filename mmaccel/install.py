@@ -29,7 +29,7 @@ class Installer:
         if self._prefill is None:
             from mmaccel.core.prefill import PrefillHooks
 
-            self._prefill = PrefillHooks(self.target.site, self.patcher, self.report.count)
+            self._prefill = PrefillHooks(self.target.site, self.patcher, self.report.count, self.report.note)
         return self._prefill
 
     def gate(self, thin: Any) -> None:

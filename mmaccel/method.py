@@ -10,8 +10,9 @@ import importlib.metadata
 import pkgutil
 import types
 import typing
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mmaccel.errors import MethodError
 
@@ -97,7 +98,23 @@ class Method:
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for entry in fields(self):
+            value = getattr(self, entry.name)
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, entry.name, value.item())
             _check(self.info.name, entry, hints[entry.name], getattr(self, entry.name))
+
+    @classmethod
+    def preset(cls, name: str, **knobs: Any) -> Self:
+        """The method with the values that `presets` has under a name; `knobs` replace some of them.
+
+        Raises:
+            MethodError: no preset has this name.
+        """
+        if name not in cls.presets:
+            known = ", ".join(map(repr, cls.presets)) or "none"
+            raise MethodError(f"{cls.info.name} has no preset {name!r}; it has {known}.")
+        values = {key: value for key, value in cls.presets[name].items() if key != "source"}
+        return cls(**{**values, **knobs})
 
     @property
     def neutral(self) -> bool:
@@ -197,7 +214,16 @@ def registry() -> dict[str, type[Method]]:
                 if _is_method(cls) and cls.__module__ == inside.__name__:
                     _add(found, cls)
     for entry_point in importlib.metadata.entry_points(group=_ENTRY_POINTS):
-        cls = entry_point.load()
+        try:
+            cls = entry_point.load()
+        except Exception as error:  # whatever the other package stumbles over must not take our own methods away
+            owner = entry_point.dist.name if entry_point.dist is not None else "an installed package"
+            warnings.warn(
+                f"the method {entry_point.name!r} of {owner} ({entry_point.value}) cannot be loaded and is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            continue
         if not _is_method(cls):
             raise MethodError(f"entry point {entry_point.name!r} ({entry_point.value}) is not a Method with an info.")
         _add(found, cls)

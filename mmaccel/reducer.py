@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mmaccel.errors import NotApplicableError
 from mmaccel.method import Method, Touch, knob
 from mmaccel.tokens.allocate import resolve_keep
 
@@ -20,8 +21,17 @@ BEFORE_LLM = "on the visual tokens in front of the language model"
 INSIDE_LLM = "on the visual tokens between decoder layers"
 
 
-def prefill_touches(site: Any) -> list[Touch]:
-    """What every method touches that takes tokens out of a prefill."""
+def prefill_touches(site: Any, *, neutral: bool = False) -> list[Touch]:
+    """What every method touches that takes tokens out of a prefill.
+
+    Raises:
+        NotApplicableError: some decoder layers attend inside a window, and the method is not switched off.
+    """
+    if site.windowed and not neutral:
+        raise NotApplicableError(
+            f"some decoder layers of this {site.family} attend inside a sliding window, which counts the tokens that "
+            "are left instead of those that were seen; use fewer frames or fewer pixels when you load the video."
+        )
     prefix = "" if site.root is site.target else "model."
     touches = [Touch(f"{prefix}{method}", "notes the layout of the features") for method in site.encoders.values()]
     touches.append(
@@ -60,13 +70,10 @@ class GridReducer(Method):
         """Which of the living tokens of one grid survive; None leaves the grid as it is."""
         raise NotImplementedError
 
-    def _reduce(self, tokens: VisualTokens) -> Reduction | None:
-        return None if self.neutral else self.reduce(tokens)
-
     def plan(self, target: Target) -> list[Touch]:
         """The hooks of a prefill reduction, and the vision layer whose attention is read, if any."""
         site = target.site
-        touches = prefill_touches(site)
+        touches = prefill_touches(site, neutral=self.neutral)
         if self.needs_scores:
             site.score_attention()
             touches.insert(
@@ -77,6 +84,9 @@ class GridReducer(Method):
     def install(self, installer: Installer) -> None:
         """Hand `reduce` to the prefill hooks."""
         score = installer.target.site.score_kind() if self.needs_scores and not self.neutral else None
+        reduce = None if self.neutral else self.reduce
         installer.prefill.reduce_before(
-            self.info.name, self._reduce, score=score, positions=self.positions, stage=self.info.stage
+            self.info.name, reduce, score=score, positions=self.positions, stage=self.info.stage
         )
+        if self.keep == 1 and isinstance(self.keep, int):
+            installer.report.note(f"{self.info.name}: keep=1 keeps one token; write keep=1.0 to keep all of them")

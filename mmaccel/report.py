@@ -43,6 +43,7 @@ class Report:
     events: dict[str, Any] = field(default_factory=dict)
     kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    _about: dict[str, str] = field(default_factory=dict, repr=False)
     _last: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     def count(self, method: str, place: str, tokens_in: int, tokens_out: int, tokens: Any = None) -> None:
@@ -80,9 +81,12 @@ class Report:
         before = self.flops.get(what, [0.0, 0.0])
         self.flops[what] = [before[0] + spent, before[1] + dense]
 
-    def note(self, text: str) -> None:
-        """Say something once."""
-        if text not in self.notes:
+    def note(self, text: str, about: str = "") -> None:
+        """Say something once. `about` something the latest text counts, and an empty one ends it for good."""
+        if about:
+            if self._about.get(about) != "":
+                self._about[about] = text
+        elif text not in self.notes:
             self.notes.append(text)
 
     def kernel(self, op: str, backend: str, reason: str | None) -> None:
@@ -91,7 +95,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Remarks, among them knobs that never fired."""
-        remarks = list(self.notes)
+        remarks = [*self.notes, *filter(None, self._about.values())]
         remarks += [
             f"{entry.method} ({entry.place}): nothing was dropped in {entry.calls} calls"
             for entry in self.tokens.values()

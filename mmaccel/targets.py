@@ -51,7 +51,10 @@ def resolve(given: Any) -> Target:
 
 
 def _inside(given: Any) -> Any:
-    # a transformers pipeline is a callable around its model
+    # torch.compile and PEFT put a module around the model; a transformers pipeline is a callable around it
+    given = getattr(given, "_orig_mod", given)
+    if callable(getattr(given, "get_base_model", None)):
+        given = given.get_base_model()
     if type(given).__module__.startswith("transformers.pipelines") and hasattr(given, "model"):
         return given.model
     return given

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -211,3 +213,138 @@ def test_an_error_inside_the_block_takes_the_method_off(model):
     with pytest.raises(RuntimeError), mmaccel.accelerate(net, "random:keep=0.5"):
         raise RuntimeError
     assert torch.equal(call(net, inputs).logits, want)
+
+
+def test_a_required_knob_of_one_method_does_not_end_explain(model, monkeypatch):
+    from dataclasses import dataclass
+
+    from mmaccel import api
+    from mmaccel.encoders.uniform import Uniform
+    from mmaccel.method import registry
+
+    @dataclass(frozen=True, kw_only=True)
+    class Needy(Uniform):
+        info = Uniform.info
+        wish: int
+
+    monkeypatch.setattr(api, "registry", lambda: {**registry(), "needy": Needy})
+    found = mmaccel.explain(model(FAMILIES["llava"]))
+    assert "holitom" in found.touches
+    assert found.reasons["needy"] == "cannot be tried without values for wish"
+
+
+@pytest.mark.parametrize("spec", ["random:keep=0.3", "fastv:keep=0.3", "prompt-lookup"])
+def test_copies_and_pickles_of_an_accelerated_model_are_refused(spec, tmp_path):
+    from mmaccel.tiny.pipelines import tiny_text_lm
+
+    net = tiny_text_lm()[0] if spec == "prompt-lookup" else FAMILIES["llava-onevision"].build()
+    before = snapshot(net)
+    with mmaccel.accelerate(net, spec) as handle:
+        for attempt in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+            with pytest.raises(MMAccelError, match="paused"):
+                attempt(net)
+        torch.save(net.state_dict(), tmp_path / "weights.pt")
+        with handle.paused():
+            twin = copy.deepcopy(net)
+    assert snapshot(net) == before == snapshot(twin)
+
+
+def test_code_that_was_compiled_before_sees_the_methods():
+    family = FAMILIES["llava-onevision"]
+    net, inputs = family.build(), family.inputs("video")
+    compiled = torch.compile(net, backend="eager")
+    dense = call(compiled, inputs).logits
+    with mmaccel.accelerate(compiled, "random:keep=0.3") as handle:
+        short = call(compiled, inputs).logits
+        assert torch.equal(short, call(net, inputs).logits)
+        assert short.shape[1] < dense.shape[1]
+        assert handle.report().kept("random")
+    assert torch.equal(call(compiled, inputs).logits, dense)
+
+
+def test_a_wrapper_in_the_manner_of_peft_is_looked_through():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def get_base_model(self):
+            return self.inner
+
+    family = FAMILIES["llava-onevision"]
+    net, inputs = family.build(), family.inputs("video")
+    with mmaccel.accelerate(Wrapper(net), "random:keep=0.3"):
+        assert call(net, inputs).logits.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_explain_and_accelerate_agree_about_short_models():
+    family = FAMILIES["llava-onevision"]
+    config = family.config()
+    config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    import transformers
+
+    net = getattr(transformers, family.model_class)(config).eval()
+    assert "1..1" in mmaccel.explain(net).reasons["fastv"]
+    with pytest.raises(NotApplicableError, match=r"1\.\.1"):
+        mmaccel.accelerate(net, "fastv:layer=2")
+    mmaccel.accelerate(net, "fastv:keep=1.0").remove()
+
+
+def test_windows_of_attention_are_refused_before_anything_is_touched():
+    import transformers
+
+    family = FAMILIES["llava-onevision"]
+    config = family.config()
+    depth = config.text_config.num_hidden_layers
+    config.text_config.use_sliding_window = True
+    config.text_config.sliding_window = 16
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * (depth // 2)
+    net, inputs = getattr(transformers, family.model_class)(config).eval(), family.inputs("video")
+    dense = call(net, inputs).logits
+    before = snapshot(net)
+    for spec in ("random:keep=0.3", "fastv", "holitom"):
+        with pytest.raises(NotApplicableError, match="sliding window"):
+            mmaccel.accelerate(net, spec)
+    with mmaccel.accelerate(net, "random:keep=1.0"):
+        assert torch.equal(call(net, inputs).logits, dense)
+    assert snapshot(net) == before
+
+
+@pytest.mark.parametrize("change", ["pixtral", "full"])
+def test_towers_of_llava_that_the_adapter_does_not_know(change):
+    family = FAMILIES["llava"]
+    net = family.build()
+    if change == "pixtral":
+        net.config.vision_config.model_type = "pixtral"
+    else:
+        net.config.vision_feature_select_strategy = "full"
+    with pytest.raises(AdapterError, match="square grid"):
+        mmaccel.accelerate(net, "random:keep=0.5")
+
+
+def test_features_of_another_layer_than_the_scored_one(model):
+    family = FAMILIES["llava"]
+    net, inputs = model(family), family.inputs("image")
+    with mmaccel.accelerate(net, "visionzip:keep=0.5"):
+        call(net, inputs, vision_feature_layer=net.config.vision_feature_layer)
+        with pytest.raises(NotApplicableError, match="set config"):
+            call(net, inputs, vision_feature_layer=1)
+
+
+def test_knobs_that_did_nothing_are_named(model):
+    family = FAMILIES["llava-onevision"]
+    net, inputs = model(family), family.inputs("video")
+
+    def remarks(spec):
+        with mmaccel.accelerate(net, spec) as handle:
+            call(net, inputs)
+            return " / ".join(handle.report().lines())
+
+    assert "tau=1.0 never reached, largest similarity" in remarks("holitom:keep=0.5;tau=1.0")
+    assert "never reached" not in remarks("holitom:keep=0.5;tau=-1.0")
+    assert "inner part is off" in remarks("holitom:keep=0.5;inner_layer=99")
+    assert "floor of one frame" in remarks("evs:keep=0.01")
+    assert "floor" not in remarks("evs:keep=0.9")
+    assert "keep=1.0 to keep all" in remarks("random:keep=1")
+    assert "floor of about one token a frame" in remarks("holitom:keep=1")

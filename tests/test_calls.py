@@ -395,3 +395,39 @@ def test_a_cache_of_the_user_empty_or_emptied(model):
     again = generate(net, inputs, steps=3, **cached(cache))
     assert torch.equal(again[0], dense[0])
     assert all(map(torch.equal, again[1], dense[1]))
+
+
+def test_layers_of_different_kinds_get_masks_of_their_own():
+    """fastv behind layers with a window: each later layer's own mask is cut, not that of its neighbour."""
+    import transformers
+
+    family = FAMILIES["llava-onevision"]
+    config = family.config()
+    depth = config.text_config.num_hidden_layers
+    net = getattr(transformers, family.model_class)(config).eval()
+    inputs, seen = family.inputs("video"), []
+
+    def narrow(number):
+        def hook(_module, args, kwargs):
+            S = kwargs["position_embeddings"][0].shape[1]
+            mask = torch.ones(1, 1, S, S, dtype=torch.bool).tril()
+            return args, {**kwargs, "attention_mask": mask & mask.triu(-20 if number % 2 else -S)}
+
+        return hook
+
+    def look(_module, _args, kwargs):
+        seen.append(kwargs["attention_mask"])
+
+    layers = net.model.language_model.layers
+    hooks = [layer.register_forward_pre_hook(narrow(n), with_kwargs=True) for n, layer in enumerate(layers)]
+    with mmaccel.accelerate(net, "fastv:keep=0.3;layer=2") as handle:
+        hooks += [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+        call(net, inputs, use_cache=False)
+        kept = torch.tensor(handle.report().kept("fastv")[0])
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == depth
+    for number in range(2, depth):
+        whole = torch.ones(inputs["input_ids"].shape[1], inputs["input_ids"].shape[1], dtype=torch.bool).tril()
+        whole = whole & whole.triu(-20 if number % 2 else -len(whole))
+        assert torch.equal(seen[number][0, 0], whole[kept][:, kept])

@@ -380,12 +380,24 @@ def test_static_cache_is_refused_before_anything_is_written(model, spec):
         same(generate(net, inputs, steps=2, cache_implementation="static"), static)
 
 
-@pytest.mark.parametrize("spec", ["random:keep=0.3", "fastv:keep=0.3"])
-def test_chunked_prefill_is_refused(model, spec):
-    family = FAMILIES["llava-onevision"]
-    net, inputs = model(family), family.inputs("video")
-    with mmaccel.accelerate(net, spec), pytest.raises(NotApplicableError, match="prefill_chunk_size"):
-        generate(net, inputs, steps=2, prefill_chunk_size=40)
+@pytest.mark.parametrize("size", [3, 40, 66, 90, 1000])
+@drop_or_fastv
+@each_family
+def test_chunked_prefill_is_refused(model, family, method, size):
+    net, inputs = model(family), family.inputs(mixture(family)[0])
+    with mmaccel.accelerate(net, SPECS[method]), pytest.raises(NotApplicableError, match="prefill_chunk_size"):
+        generate(net, inputs, steps=2, prefill_chunk_size=size)
+
+
+@pytest.mark.parametrize("spec", ["random:keep=1.0+fastv:keep=1.0", "holitom:keep=1.0", "fewer-pixels:keep=1.0"])
+@each_family
+def test_a_neutral_method_does_not_stand_in_the_way_of_chunks(model, family, spec):
+    net, inputs = model(family), family.inputs(mixture(family)[0])
+    want = generate(net, inputs, steps=2, prefill_chunk_size=40)
+    with mmaccel.accelerate(net, spec):
+        got = generate(net, inputs, steps=2, prefill_chunk_size=40)
+    assert torch.equal(got[0], want[0])
+    assert all(map(torch.equal, got[1], want[1]))
 
 
 def test_a_reduced_prompt_cannot_be_cropped_in_part(model):

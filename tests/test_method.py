@@ -193,3 +193,31 @@ def test_a_class_in_place_of_an_instance_says_so(model):
 
     with pytest.raises(MethodError, match=r"HoliTom is a class; give an instance, such as HoliTom\(...\)"):
         mmaccel.accelerate(model(FAMILIES["llava"]), mmaccel.HoliTom)
+
+
+def test_a_package_that_cannot_be_imported_takes_nothing_away(tmp_path):
+    run = with_plugin(tmp_path, "Missing", """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            names = set(mmaccel.methods())
+        print("holitom" in names, "extra" in names, caught[0].message)
+    """)  # fmt: skip
+    assert run.stdout.startswith("True False the method 'extra' of third-party"), run.stderr
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+
+    assert mmaccel.EVS(keep=np.float64(0.25)) == mmaccel.EVS(keep=0.25)
+    few = mmaccel.EVS(keep=np.int64(3))
+    assert (few.keep, type(few.keep), few.spec) == (3, int, "evs:keep=3")
+
+
+def test_presets_make_instances():
+    assert mmaccel.HoliTom.preset("llava-onevision keep 0.10") == mmaccel.HoliTom(keep=0.1, tau=0.65)
+    assert mmaccel.FastV.preset("llava", keep=0.25) == mmaccel.FastV(keep=0.25, layer=2)
+    with pytest.raises(MethodError, match="no preset 'nonsense'; it has 'llava'"):
+        mmaccel.FastV.preset("nonsense")
+    with pytest.raises(MethodError, match="it has none"):
+        mmaccel.Uniform.preset("llava")

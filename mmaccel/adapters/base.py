@@ -11,7 +11,7 @@ from torch import nn
 
 from mmaccel.adapters.towers import BatchedTower, PackedTower
 from mmaccel.core.prefill import Encoded, GridLayout, ItemLayout
-from mmaccel.errors import AdapterError
+from mmaccel.errors import AdapterError, NotApplicableError
 
 __all__ = ["VideoLM", "get_module", "raster", "square"]
 
@@ -97,6 +97,15 @@ class VideoLM:
         return False
 
     @property
+    def windowed(self) -> bool:
+        """Whether some decoder layers attend inside a sliding window or chunk."""
+        config = self.language_model.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return any("sliding" in kind or "chunked" in kind for kind in kinds)
+        return getattr(config, "sliding_window", None) is not None
+
+    @property
     def depth(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
@@ -118,9 +127,12 @@ class VideoLM:
         inner = getattr(self.vision_tower, "vision_model", self.vision_tower)
         return get_module(inner, self.vision_layers)
 
-    def score_layer(self) -> int:
-        """The vision layer whose output the language model gets: its attention tells which tokens matter."""
-        chosen = getattr(self.config, "vision_feature_layer", -1)
+    def score_layer(self, chosen: Any = None) -> int:
+        """The vision layer whose output the language model gets: its attention tells which tokens matter.
+
+        chosen: the `vision_feature_layer` of a call, by default that of the config.
+        """
+        chosen = getattr(self.config, "vision_feature_layer", -1) if chosen is None else chosen
         chosen = chosen[-1] if isinstance(chosen, (list, tuple)) else chosen
         depth = len(self.vision_blocks())
         return depth + chosen if chosen < 0 else chosen - 1
@@ -179,7 +191,17 @@ class VideoLM:
         raise NotImplementedError
 
     def raw_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
-        """float32 [images, patches]: scores of a batched tower, class token cut off."""
+        """float32 [images, patches]: scores of a batched tower, class token cut off.
+
+        Raises:
+            NotApplicableError: this call takes its features from another layer than the config says.
+        """
+        layer = self.score_layer(encoded.arguments.get("vision_feature_layer"))
+        if layer != self.score_layer():
+            raise NotApplicableError(
+                f"this call takes features of vision layer {layer}, but attention is read at layer "
+                f"{self.score_layer()}; set config.vision_feature_layer instead of passing it."
+            )
         scores = torch.cat(encoded.scores[kind], 0)
         for thinned in reversed(encoded.thinned):
             scores = thinned.tokens(scores)

@@ -33,5 +33,5 @@ class Diffusion:
         transformer = getattr(model, "transformer", None) if self.pipeline is not None else model
         if transformer is None:
             raise AdapterError(f"{type(model).__name__} has no transformer; only transformer pipelines are supported.")
-        self.transformer = transformer
+        self.transformer = self.target = transformer
         self.family = type(transformer).__name__

@@ -53,11 +53,13 @@ class InternVL(VideoLM):
         """Items are read off the runs of placeholders in the prompt."""
         tiles, per_tile = encoded.output.pooler_output.shape[:2]
         side = square(per_tile)
-        repeats = max(1, int(where.sum()) // max(1, tiles * per_tile))
+        placed, made = int(where.sum()), tiles * per_tile
+        if placed == 0 or placed % made:
+            return [ItemLayout("image", made, ())]  # a part of the prompt: what reads this sees that the counts differ
         items: list[ItemLayout] = []
-        for number in range(0, len(where), repeats):
-            ids = None if encoded.prompt is None else encoded.prompt[number].tolist()
-            items += _row_items(where[number], per_tile, side, ids)
+        for number in range(0, len(where), placed // made):
+            prompt = None if encoded.prompt is None else encoded.prompt[number]
+            items += _row_items(where[number], per_tile, side, prompt)
         return items
 
     def token_scores(self, encoded: Encoded, kind: str) -> torch.Tensor:
@@ -68,16 +70,16 @@ class InternVL(VideoLM):
         return root.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio).mean(-1).flatten()
 
 
-def _begins_again(ids: list[int] | None, first: int, here: int, gap: int) -> bool:
+def _begins_again(prompt: torch.Tensor | None, first: int, here: int, gap: int) -> bool:
     """Whether the text before the frame at `here` is the one before the frame at `first`."""
-    if ids is None:
+    if prompt is None:
         return False
     label = gap - _CLOSING
-    return first >= label and ids[first - label : first] == ids[here - label : here]
+    return first >= label and torch.equal(prompt[first - label : first], prompt[here - label : here])
 
 
 def _row_items(
-    row: torch.Tensor, per_tile: int, side: tuple[int, int], ids: list[int] | None = None
+    row: torch.Tensor, per_tile: int, side: tuple[int, int], prompt: torch.Tensor | None = None
 ) -> list[ItemLayout]:
     edges = torch.diff(row.int(), prepend=row.new_zeros(1).int(), append=row.new_zeros(1).int())
     starts, stops = (edges == 1).nonzero().squeeze(1).tolist(), (edges == -1).nonzero().squeeze(1).tolist()
@@ -90,7 +92,7 @@ def _row_items(
             gap = starts[end] - stops[end - 1]
             if gap > _FRAME_GAP or (gaps and abs(gap - gaps[0]) > _GAP_SPREAD):
                 break
-            if _begins_again(ids, starts[position], starts[end], gap):
+            if _begins_again(prompt, starts[position], starts[end], gap):
                 break
             gaps.append(gap)
             end += 1

@@ -15,7 +15,7 @@ class Qwen25VL(Qwen2VL):
     family = "qwen2.5-vl"
     model_types = ("qwen2_5_vl",)
 
-    def score_layer(self) -> int:
+    def score_layer(self, chosen: Any = None) -> int:  # noqa: ARG002
         """The last full-attention block."""
         return max(self.config.vision_config.fullatt_block_indexes)
 

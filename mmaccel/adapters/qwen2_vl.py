@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,7 +38,7 @@ class Qwen2VL(VideoLM):
             items.append(ItemLayout(encoded.modality, grid.offsets.numel(), (grid,)))
         return items
 
-    def score_layer(self) -> int:
+    def score_layer(self, chosen: Any = None) -> int:  # noqa: ARG002
         """The last block: its output goes to the merger."""
         return len(self.vision_blocks()) - 1
 

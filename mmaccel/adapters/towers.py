@@ -81,7 +81,9 @@ class BatchedTower:
     def pixels(self, _arguments: dict[str, Any], pixels: torch.Tensor, _: Any, keep: Callable[[int], float]) -> Any:
         """Make every image smaller; the smaller token grid stands in the corner of the full one."""
         cells = math.ceil(self.side / self.per_cell)
-        small = smaller(cells, cells, keep(cells * cells))[0] * self.per_cell
+        small = min(self.side, smaller(cells, cells, keep(cells * cells))[0] * self.per_cell)
+        if small == self.side:
+            return None
         resized = F.interpolate(
             pixels.float(), size=(small * self.patch,) * 2, mode="bicubic", antialias=True, align_corners=False
         ).to(pixels.dtype)
@@ -130,6 +132,8 @@ class PackedTower:
             sizes.append([t, gh * self.merge, gw * self.merge])
             tokens.append(corner(t, H, W, gh, gw))
         inside = torch.cat(tokens)
+        if bool(inside.all()):
+            return None
         patches = inside.repeat_interleave(self.merge**2)
         new = grids.new_tensor(sizes)
         return torch.cat(parts), new, self._thinned(patches, inside, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,8 +37,8 @@ class Encoded:
 
     output: a copy of what the encoder returned, since beam search repeats the features inside of the original later on.
     tower: the vision tower's own output. outside: whether nobody asked for it on behalf of a prompt. thinned: how the
-    tower call was made smaller, outermost first. prompt: int64 [B, S], the token ids of the prompt that the features go
-    into, where it was given as ids.
+    tower call was made smaller, outermost first. prompt: the prompt that the features go into, as it was given: token
+    ids int64 [B, S] or embeddings [B, S, D].
     """
 
     modality: str
@@ -98,13 +99,18 @@ class Site(Protocol):
         ...
 
 
+def _silent(_text: str, _about: str = "") -> None:
+    """Nobody reports."""
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """What a method sees: N living visual tokens of one grid, or of a whole prompt.
 
     features: [N, D]. cell: int64 [N], raster index t * H * W + y * W + x. shape: (T, H, W), (0, 0, 0) for a prompt.
     score: float32 [N] or None. kind: "image", "video" or "prompt". number: which of the prompt's grids this is.
-    contiguous: whether they stand one behind the other, without text or newline tokens in between.
+    contiguous: whether they stand one behind the other, without text or newline tokens in between. note(text, about)
+    tells the user's report something, once; of what it is told about one matter, the latest counts.
     """
 
     features: torch.Tensor
@@ -114,6 +120,7 @@ class VisualTokens:
     kind: str
     number: int
     contiguous: bool = True
+    note: Callable[..., None] = _silent
 
     def __len__(self) -> int:
         return self.features.shape[0]

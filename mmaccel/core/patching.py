@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["Patcher", "shared"]
+from mmaccel.errors import MMAccelError
+
+__all__ = ["Patcher", "forget_compiled", "refuse_copies", "shared"]
 
 T = TypeVar("T")
 
@@ -39,6 +42,27 @@ class _Chain:
         for wrapper in self.wrappers:
             call = functools.partial(wrapper, call)
         return call(*args, **kwargs)
+
+
+def refuse_copies(*_: Any) -> Any:
+    """Stands for `__deepcopy__` and `__reduce_ex__` of an object with hooks.
+
+    A copy would take the hooks along, and they work for the original: it would compute something else, silently.
+
+    Raises:
+        MMAccelError: always.
+    """
+    raise MMAccelError(
+        "this model has methods of mmaccel on it, which work for this object only; copy or pickle it inside "
+        "`with handle.paused():`, or remove the handle first."
+    )
+
+
+def forget_compiled() -> None:
+    """Have torch.compile compile anew: code from before does not look for hooks that have come since."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 class Patcher:

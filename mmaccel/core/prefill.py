@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class _Reducer:
     score: str | None
     positions: str
     count: Count
+    note: Callable[..., None]
 
 
 @dataclass
@@ -67,8 +69,8 @@ class PrefillHooks:
     method whose knobs switch it off: it is only counted.
     """
 
-    def __init__(self, site: Site, patcher: Patcher, count: Count) -> None:
-        self.site, self.patcher, self.count = site, patcher, count
+    def __init__(self, site: Site, patcher: Patcher, count: Count, note: Callable[..., None]) -> None:
+        self.site, self.patcher, self.count, self.note = site, patcher, count, note
         self._before: list[_Reducer] = []
         self._inside: list[tuple[str, int, Reduce | None]] = []
         self._fitting: set[int] = set()
@@ -85,7 +87,7 @@ class PrefillHooks:
     ) -> None:
         """Reduce each grid before the first decoder layer; `score` is "received", "cls" or None."""
         order = (stage, next(_serial))
-        self._before.append(_Reducer(order, name, reduce, score, positions, count or self.count))
+        self._before.append(_Reducer(order, name, reduce, score, positions, count or self.count, self.note))
 
     def reduce_inside(self, name: str, layer: int, reduce: Reduce | None) -> None:
         """Reduce each prompt's visual tokens before decoder layer `layer`, by the last token's attention one earlier.
@@ -96,6 +98,10 @@ class PrefillHooks:
             NotApplicableError: the model has no such layer.
         """
         depth = len(self.site.layers)
+        if reduce is None:  # switched off: any place to count at will do
+            layer = min(layer, depth - 1)
+            if layer < 1:
+                return
         if not 1 <= layer < depth:
             raise NotApplicableError(
                 f"{name}: layer must be in 1..{depth - 1} for this model of {depth} layers, not {layer}."
@@ -107,6 +113,7 @@ class PrefillHooks:
         site, patcher = self.site, self.patcher
         if hasattr(site.target, "generate"):
             open_around_method(patcher, site.target, "generate", site.root)
+            patcher.wrap(site.target, "generate", self._refuse_chunks)
         if site.target is not site.root:
             open_around_forward(patcher, site.target, site.root)
             patcher.before(site.target, self._note_arguments)
@@ -135,6 +142,19 @@ class PrefillHooks:
             patcher.after(site.layers[layer - 1], hook, first=True)
         if hasattr(site.language_model, "_deepstack_process"):
             patcher.wrap(site.language_model, "_deepstack_process", deepstack(site))
+
+    def _refuse_chunks(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        # The encoder's count of tokens tells only of chunks that cut the visual ones in two.
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = config or getattr(self.site.target, "generation_config", None)
+        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        together = shared(self.site.root, _Together)
+        if size and together is not None and together.active:
+            raise NotApplicableError(
+                f"{together.active} reduces a prompt as a whole; leave prefill_chunk_size out, or make this call "
+                "inside `with handle.paused():`."
+            )
+        return call(*args, **kwargs)
 
     def _note_arguments(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = current(self.site.root)
@@ -184,9 +204,9 @@ class PrefillHooks:
                 f"{active} does not know which token shows what, because the {forward.foreign} features were computed "
                 "before it was put on; pass pixel values instead of mm_encoder_outputs."
             )
-        map_tokens(self.site, forward, kwargs)
+        map_tokens(self.site, forward, kwargs, strict=active is not None)
         if forward.tokens is None:
-            fresh = forward.length > 1 and not forward.seen
+            fresh = forward.length > 1 and not forward.seen and not forward.encoded and not forward.foreign
             for reducer in reducers if fresh else ():
                 reducer.count(reducer.name, _BEFORE, 0, 0)
             return args, kwargs
@@ -234,7 +254,7 @@ class PrefillHooks:
             if reducer.score is not None and id(grid.encoded) not in scores:
                 scores[id(grid.encoded)] = self._scores(reducer.name, grid.encoded, reducer.score)
             values = scores.get(id(grid.encoded))
-            visual = _visual(tokens, row, cells, features, grid, values, numbers[row])
+            visual = _visual(tokens, row, cells, features, grid, values, numbers[row], reducer.note)
             reduction = reduce(visual)
             for beam in grid.rows:
                 numbers[beam] += 1
@@ -283,10 +303,10 @@ class PrefillHooks:
 
 def _visual(
     tokens: TokenMap, row: int, cells: torch.Tensor, features: torch.Tensor, grid: Grid, scores: torch.Tensor | None,
-    number: int,
+    number: int, note: Callable[..., None],
 ) -> VisualTokens:  # fmt: skip
     cell = tokens.cell[row, cells]
     if scores is not None:
         scores = scores.to(cell.device)[grid.span][grid.layout.offsets.to(cell.device)[cell]]
     contiguous = int(cells[-1] - cells[0]) == cells.numel() - 1
-    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous)
+    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous, note)

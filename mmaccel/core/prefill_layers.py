@@ -123,7 +123,8 @@ def fit_layer(site: Site, number: int, fitting: set[int]) -> Callable[..., Any]:
         # layers read position_ids only to find packed sequences, and would take the gaps of dropped tokens for borders
         changed: dict[str, Any] = {"position_ids": None}
         if inner:
-            memo = (id(level), id(kept))
+            # layers of different kinds get different masks
+            memo = (id(level), id(kept), id(kwargs.get("attention_mask")))
             if memo not in forward.shared:
                 forward.shared[memo] = _keywords(site, forward, number, kwargs, level, kept)
             changed |= forward.shared[memo]

@@ -14,11 +14,12 @@ from mmaccel.tokens.place import TokenMap
 __all__ = ["map_tokens"]
 
 
-def map_tokens(site: Site, forward: Forward, kwargs: dict[str, Any]) -> None:
+def map_tokens(site: Site, forward: Forward, kwargs: dict[str, Any], *, strict: bool = True) -> None:
     """Fill in `forward.tokens` and `forward.grids`; leaves them empty when no token is visual.
 
     Raises:
-        NotApplicableError: encoder and prompt disagree about the number of visual tokens.
+        NotApplicableError: encoder and prompt disagree about the number of visual tokens. Without `strict`, when
+            nothing will be reduced, that is no error, and they stay empty.
     """
     embeds = kwargs["inputs_embeds"]
     B, S = embeds.shape[:2]
@@ -33,9 +34,11 @@ def map_tokens(site: Site, forward: Forward, kwargs: dict[str, Any]) -> None:
         where = places[modality].to(embeds.device)
         if not bool(where.any()):
             continue
-        encoded.prompt = ids
+        encoded.prompt = ids if prompt is None else prompt
         items = site.layout(encoded, where)
-        _write_items(forward, encoded, items, where, base, item, grid, cell)
+        if not _write_items(forward, encoded, items, where, base, item, grid, cell, strict):
+            forward.grids.clear()
+            return
         base += len(items)
     if not forward.grids:
         return
@@ -54,12 +57,14 @@ def map_tokens(site: Site, forward: Forward, kwargs: dict[str, Any]) -> None:
 
 def _write_items(
     forward: Forward, encoded: Encoded, items: list[ItemLayout], where: torch.Tensor, base: int,
-    item: torch.Tensor, grid: torch.Tensor, cell: torch.Tensor,
-) -> None:  # fmt: skip
+    item: torch.Tensor, grid: torch.Tensor, cell: torch.Tensor, strict: bool,
+) -> bool:  # fmt: skip
     per_row = where.sum(1).tolist()
     total, placed = sum(entry.tokens for entry in items), sum(per_row)
     repeats = placed // total if total else 0
     if repeats == 0 or repeats * total != placed or where.shape[0] % repeats:
+        if not strict:
+            return False
         raise NotApplicableError(
             f"the prompt holds {placed} {encoded.modality} tokens but the encoder made {total}; a prompt can only be "
             "reduced as a whole (no prefill_chunk_size)."
@@ -82,3 +87,4 @@ def _write_items(
                 span = slice(start, start + entry.tokens)
                 forward.grids[base + number, index] = Grid(layout, entry.kind, encoded, span, rows)
             start += entry.tokens
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -38,7 +39,11 @@ class EVS(GridReducer):
             return None
         T, S = tokens.frames()
         n = len(tokens)
-        budget = max(S, int(T * S * self.keep) if isinstance(self.keep, float) else self.budget(n))
+        # the fraction as it is written: the product of floats 0.29 * 100 is below 29
+        wanted = int(Decimal(repr(self.keep)) * (T * S)) if isinstance(self.keep, float) else self.budget(n)
+        budget = max(S, wanted)
+        if wanted < S:
+            tokens.note(f"evs: keep={self.keep} asks for {wanted} tokens, and its floor of one frame, {S}, was kept")
         similarity = signals.cosine_to_previous_frame(tokens.features.view(1, T, S, -1))[0]
         difference = torch.full((T, S), torch.inf, device=similarity.device)
         difference[1:] = torch.round((1 - similarity) * 4096)

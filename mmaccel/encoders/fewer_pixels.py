@@ -56,11 +56,12 @@ class FewerPixels(GridReducer):
         tower = site.tower()
 
         def reduce(tokens: VisualTokens) -> Reduction | None:
-            return None if self.neutral or not site.resizable(tokens.kind) else self.reduce(tokens)
+            return self.reduce(tokens) if site.resizable(tokens.kind) else None
 
         installer.prefill.reduce_before(
-            self.info.name, reduce, score=None, positions=self.positions, stage=self.info.stage
-        )
+            self.info.name, None if self.neutral else reduce, score=None, positions=self.positions,
+            stage=self.info.stage,
+        )  # fmt: skip
         if self.neutral:
             return
 

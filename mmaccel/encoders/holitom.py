@@ -99,7 +99,12 @@ class HoliTom(GridReducer):
         """Hand both parts to the prefill hooks; an inner layer behind the last one means no inner part."""
         super().install(installer)
         depth = installer.target.site.depth
-        if self._inner and self._layer(depth) < depth:
+        if self._inner and self._layer(depth) >= depth:
+            installer.report.note(
+                f"holitom: inner_layer={self._layer(depth)} is behind the last of {depth} decoder layers, so the inner "
+                "part is off"
+            )
+        elif self._inner:
             installer.prefill.reduce_inside(self.info.name, self._layer(depth), self.merge_inside)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
@@ -112,6 +117,9 @@ class HoliTom(GridReducer):
         static = similarity > self.tau
         windows, saved = segment(static, self.longest)
         ratio = 1.0 if self.temporal_only else self._ratio(T * S, saved)
+        if T > 1:
+            inert = f"holitom: tau={self.tau} never reached, largest similarity {float(similarity.max()):.3f}"
+            tokens.note("" if saved else inert, "holitom tau")
         parts = _Parts(S)
         for start, stop in windows:
             alike = (
@@ -122,6 +130,10 @@ class HoliTom(GridReducer):
                 self._dynamic_part(parts, x[t], score[t], ~alike, t, ratio)
         if parts.count == 0:  # everything stood still and the ratio rounds to nothing
             parts.add(select.top_k(score.view(1, -1), 1)[0])
+        if isinstance(self.keep, int) and self.keep < T and not self.temporal_only:
+            tokens.note(
+                f"holitom: keep={self.keep} is below its floor of about one token a frame; {parts.count} were kept"
+            )
         reduction = parts.reduction()
         return reduction if tokens.contiguous else _ascending(reduction)
 

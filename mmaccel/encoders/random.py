@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
 
 
+_SEED_STEP = 1_009
+
+
 @dataclass(frozen=True)
 class Random(GridReducer):
     """Keep a random choice of the visual tokens, the same for every call with the same seed.
@@ -21,7 +24,7 @@ class Random(GridReducer):
     Sentence: random number -> whole item -> top-k -> drop -> place.
     """
 
-    seed: int = knob(0, "seed of the choice; the prompt's n-th grid uses seed + n", low=0)
+    seed: int = knob(0, "seed of the choice; each grid of a prompt draws anew", low=0)
 
     info: ClassVar[Info] = Info(
         name="random", verb="drop", stage=Stage.BEFORE_LLM, summary="keeps a random choice of the visual tokens",
@@ -30,5 +33,7 @@ class Random(GridReducer):
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Drop all but a random choice."""
-        scores = signals.random((1, len(tokens)), seed=self.seed + tokens.number, device=tokens.features.device)
+        # far apart, so that no grid of one seed draws what another grid of the next seed draws
+        seed = self.seed * _SEED_STEP + tokens.number
+        scores = signals.random((1, len(tokens)), seed=seed, device=tokens.features.device)
         return Reduction(select.top_k(scores, self.budget(len(tokens)))[0])

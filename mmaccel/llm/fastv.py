@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmaccel.errors import NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 from mmaccel.reducer import INSIDE_LLM, prefill_touches
 from mmaccel.tokens import select
@@ -45,11 +46,21 @@ class FastV(Method):
         return Reduction(select.top_k(tokens.score[None], resolve_keep(self.keep, len(tokens)))[0])
 
     def plan(self, target: Target) -> list[Touch]:
-        """The hooks of a prefill reduction, and the attention of one decoder layer."""
-        target.site.decoder_attention(self.layer - 1) if self.layer <= target.site.depth else None
+        """The hooks of a prefill reduction, and the attention of one decoder layer.
+
+        Raises:
+            NotApplicableError: the model has no such layer, or layers that attend inside a window.
+        """
+        depth = target.site.depth
+        if not self.layer < depth and not self.neutral:
+            raise NotApplicableError(
+                f"fastv: layer must be in 1..{depth - 1} for this model of {depth} decoder layers, not {self.layer}."
+                if depth > 1
+                else "fastv works between decoder layers, and this model has one."
+            )
         return [
             Touch(f"decoder layer {self.layer - 1}", "reads q and k of the last prompt token, then drops"),
-            *prefill_touches(target.site),
+            *prefill_touches(target.site, neutral=self.neutral),
         ]
 
     def install(self, installer: Installer) -> None:

@@ -36,3 +36,8 @@ def test_the_number_kept_depends_on_shapes_alone():
     sizes = {len(EVS(keep=0.4).reduce(video(scene(7, 9, still=s, seed=n))).index) for n, s in enumerate((0, 0.5, 1))}
     assert sizes == {int(63 * 0.4)}
     assert torch.equal(EVS(keep=1).reduce(video(noise(2, 3, 4))).index, torch.arange(3))
+
+
+@pytest.mark.parametrize(("n", "keep", "number"), [(100, 0.29, 29), (100, 0.57, 57), (63, 0.4, 25), (50, 0.999, 49)])
+def test_the_fraction_is_taken_as_it_is_written(n, keep, number):
+    assert len(EVS(keep=keep).reduce(video(scene(n, 1, still=0.2, seed=2))).index) == number

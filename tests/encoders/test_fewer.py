@@ -213,3 +213,25 @@ def test_neutral_is_bit_identical(name, spec):
     before = last_logits(model, inputs)
     with mmaccel.accelerate(model, spec):
         assert torch.equal(before, last_logits(model, inputs))
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.8, 0.9, 0.95, 0.99])
+def test_hardly_fewer_pixels_than_an_odd_tower_has(keep):
+    import transformers
+
+    family = FAMILIES["llava-onevision"]
+    config = family.config()
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    vision.image_size = vision.patch_size * (side - 1 + side % 2)
+    net = getattr(transformers, family.model_class)(config).eval()
+    side = vision.image_size // vision.patch_size
+    assert side % 2 == 1
+    frames = torch.randn(1, 2, 3, vision.image_size, vision.image_size)
+    n = 2 * ((side + 1) // 2) ** 2 + 1
+    ids = torch.cat([torch.tensor([5, 6]), torch.full((n,), config.video_token_id), torch.tensor([7, 8])])[None]
+    with torch.no_grad(), mmaccel.accelerate(net, f"fewer-pixels:keep={keep}") as handle:
+        net(input_ids=ids, pixel_values_videos=frames)
+    counts = handle.report().as_dict()["tokens"][0]
+    cells = (side + 1) // 2
+    assert (counts["tokens_in"], counts["tokens_out"]) == (2 * cells**2, 2 * round(cells * keep**0.5) ** 2)
