@@ -123,8 +123,7 @@ class Placement:
         devices = {x.device for x in (*rows, *columns)}
         if len(devices) != 1:
             return *(self.along(x, 1) for x in rows), *(self.along(x, -1) for x in columns)
-        index = self.index.to(*devices)
-        return gather_compact(index, rows=rows, columns=columns)
+        return gather_compact(self.index.to(devices.pop()), rows=rows, columns=columns)
 
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, D] -> [B, L, D]: gathered, and mixed where tokens were merged."""
@@ -142,9 +141,17 @@ class Placement:
         return replace(tokens, **columns, valid=self.valid), values
 
     def _merged(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        for row, mix in self.mixes.items():
-            out[row] = _mixed(out[row], x[row], mix)
-        return out
+        """`out`, gathered from x, with the merged tokens of all items mixed in at once."""
+        mixes = [(row, mix) for row, mix in self.mixes.items() if mix.rows.numel()]
+        if not mixes:
+            return out
+        L, S = out.shape[1], x.shape[1]
+        every = Mix(
+            torch.cat([mix.rows + row * L for row, mix in mixes]),
+            torch.cat([mix.cols + row * S for row, mix in mixes]),
+            torch.cat([mix.weights for _, mix in mixes]),
+        )
+        return _mixed(out.flatten(0, 1), x.flatten(0, 1), every).view_as(out)
 
     def columns(self, held: int) -> torch.Tensor:
         """int64 [B, held + L]: where each key stands when `held` older keys precede the old sequence."""
@@ -165,11 +172,11 @@ class Placement:
 def _mixed(kept: torch.Tensor, x: torch.Tensor, mix: Mix | None) -> torch.Tensor:
     if mix is None or mix.rows.numel() == 0:
         return kept
-    rows, slot = torch.unique(mix.rows, return_inverse=True)
-    slot, weights = slot[None].to(x.device), mix.weights[None].to(x.device)
-    out = kept.clone()
-    out[rows] = scatter_merge(x[mix.cols][None], slot, weights, rows.numel())[0]
-    return out
+    rows = mix.rows.to(x.device)
+    tokens, weights = x.index_select(0, mix.cols.to(x.device)), mix.weights.to(x.device)
+    merged = scatter_merge(tokens[None], rows[None], weights[None], len(kept))[0]
+    replaced = torch.zeros(len(kept), dtype=torch.bool, device=x.device).index_fill_(0, rows, True)
+    return torch.where(replaced[:, None], merged, kept)
 
 
 def place(

@@ -4,7 +4,7 @@ Values are read and written as whole numbers of their width, so a tile costs the
 arithmetic can touch it. Tiles of rows are measured in bytes, so that the widest vectors are used for every dtype.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton

@@ -15,8 +15,9 @@ def scatter_merge(x: torch.Tensor, assignment: torch.Tensor, weight: torch.Tenso
     B, N, D = x.shape
     out = x.new_zeros(B * n_out + 1, D, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     inside = (assignment >= 0) & (assignment < n_out)
-    first = torch.arange(B, device=x.device)[:, None] * n_out
-    slot = torch.where(inside, assignment + first, B * n_out).flatten()
+    if B > 1:
+        assignment = assignment + torch.arange(B, device=x.device)[:, None] * n_out
+    slot = torch.where(inside, assignment, B * n_out).flatten()
     tokens, share = x.flatten(0, 1), weight.flatten()[:, None]
     step = max(1, _BLOCK // max(1, D))
     for start in range(0, B * N, step):
