@@ -66,7 +66,7 @@ def test_equals_the_loops(implementation, B, S, L, C):
 CASES = covering(
     B=[1, 2],
     S=[1, 7, 65, 700],
-    L_C=[(1, 1), (7, 72), (129, 48), (7, 600), (65, 513), (600, 1)],
+    L_C=[(1, 1), (7, 72), (129, 48), (7, 1024), (65, 513), (600, 1)],
     dtype=[*DTYPES, torch.float64, torch.int64, torch.bool],
     layout=["plain", "strided", "token-major"],
     padded=[False, True],

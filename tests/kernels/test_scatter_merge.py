@@ -168,6 +168,26 @@ def test_an_output_of_many_tokens(nan_filled, backend):
     assert torch.equal(got, torch.stack([x[assignment == k].sum(0) for k in (0, 1)])[None])
 
 
+def test_only_the_atomic_way_adds_atomically(on_triton, monkeypatch):
+    from mmaccel.kernels.scatter_merge import triton
+
+    class Watched:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(triton, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    launched = []
+    for name in ("_atomic_kernel", "_ordered_kernel"):
+        monkeypatch.setattr(triton, name, Watched(name))
+    x, assignment, weight = on_device(*make(1, 3, 2, 2, torch.float32))
+    for deterministic in (False, True):
+        scatter_merge(x, assignment, weight, 2, deterministic=deterministic)
+    assert launched == ["_atomic_kernel", "_ordered_kernel"]
+
+
 def test_none_follows_torch(monkeypatch):
     from mmaccel.kernels.scatter_merge import triton
 
