@@ -67,13 +67,12 @@ def reduce_after(site: Site, name: str, layer: int, reduce: Reduce | None, key: 
             n = int(tokens.visual.sum())
             count(name, place_name, n, n, tokens)
             return None
-        forward.tokens = tokens.at(placement)
+        forward.tokens, (hidden,) = placement.carry(tokens, hidden)
         above = forward.levels[-1].index if forward.levels else None
         index = placement.index if above is None else above.gather(1, placement.index)
         full = bool(placement.valid.all())
         forward.levels.append(Level(layer, forward.tokens, placement, index, full))
         count(name, place_name, int(tokens.visual.sum()), int(forward.tokens.visual.sum()), forward.tokens)
-        hidden = placement.values(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return hook
@@ -144,7 +143,7 @@ def _keywords(
         changed["attention_mask"] = _mask(site, forward, number, mask, level, cos)
     for one in forward.levels:
         if one.first <= number:
-            cos, sin = one.placement.along(cos, 1), one.placement.along(sin, 1)
+            cos, sin = one.placement.together(rows=(cos, sin))
     if level is not None:
         changed["position_embeddings"] = (cos, sin)
     return changed

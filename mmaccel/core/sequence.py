@@ -108,13 +108,12 @@ def apply(forward: Forward, kwargs: dict[str, Any], placement: Placement, positi
     """Rewrite the keywords of the language model for the reduced sequence."""
     tokens = forward.tokens
     assert tokens is not None
+    reduced, (kwargs["inputs_embeds"],) = placement.carry(tokens, kwargs["inputs_embeds"])
     if positions == "compact":
         position, shift = compact_positions(tokens, placement)
         forward.shift = shift if forward.shift is None else forward.shift + shift
-    else:
-        position = placement.along(tokens.position, -1)
-    kwargs["inputs_embeds"] = placement.values(kwargs["inputs_embeds"])
-    kwargs["position_ids"] = position
+        reduced = replace(reduced, position=position)
+    kwargs["position_ids"] = reduced.position
     mask = kwargs.get("attention_mask")
     held = forward.held[0] if forward.held else 0
     if isinstance(mask, dict):
@@ -127,7 +126,7 @@ def apply(forward: Forward, kwargs: dict[str, Any], placement: Placement, positi
         kwargs["attention_mask"] = torch.cat([front, placement.valid.long()], 1)
     if kwargs.get("visual_pos_masks") is not None:
         _reduce_deepstack(kwargs, placement)
-    forward.tokens = forward.first_tokens = replace(tokens.at(placement), position=position)
+    forward.tokens = forward.first_tokens = reduced
     forward.reduced = True
 
 

@@ -7,9 +7,13 @@ and every other per-token tensor from the old sequence to the new one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+
+from mmaccel.kernels.gather_compact import gather_compact
+from mmaccel.kernels.scatter_merge import scatter_merge
 
 __all__ = ["TEXT", "Mix", "Placement", "Reduction", "TokenMap", "compact_positions", "place"]
 
@@ -40,7 +44,7 @@ class Reduction:
     mix: Mix | None = None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The reduced tokens: x [N, D] -> [M, D], accumulated in float32, returned in the dtype of x."""
+        """The reduced tokens: x [N, D] -> [M, D], summed in float32 or wider, in the dtype of x."""
         return _mixed(x[self.index], x, self.mix)
 
 
@@ -74,14 +78,7 @@ class TokenMap:
 
     def at(self, placement: Placement) -> TokenMap:
         """The map of the reduced sequence."""
-        moved = {
-            name: placement.along(getattr(self, name), -1) for name in ("item", "grid", "cell", "position", "source")
-        }
-        size = placement.along(self.size, -1)
-        for row, mix in placement.mixes.items():
-            size[row, mix.rows] = 0
-            size[row].index_add_(0, mix.rows, self.size[row, mix.cols])
-        return replace(self, **moved, size=size, valid=placement.valid)
+        return placement.carry(self)[0]
 
 
 @dataclass(frozen=True)
@@ -106,11 +103,11 @@ class Placement:
 
     def along(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Gather the sequence dimension `dim` of x: [B, ..., S, ...] or, with dim == -1, [..., B, S]."""
-        index = self.index.to(x.device)
         if dim == -1:
-            return x.expand(*x.shape[:-2], index.shape[0], x.shape[-1]).gather(
-                -1, index.expand(*x.shape[:-2], *index.shape)
-            )
+            return self.together(columns=[x])[0]
+        if dim == 1:
+            return self.together(rows=[x])[0]
+        index = self.index.to(x.device)
         if x.shape[0] != index.shape[0]:
             x = x.expand(index.shape[0], *x.shape[1:])
         shape = [1] * x.dim()
@@ -119,12 +116,42 @@ class Placement:
         target[dim] = index.shape[1]
         return x.gather(dim, index.view(shape).expand(target))
 
+    def together(
+        self, *, rows: Sequence[torch.Tensor] = (), columns: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """Gather several tensors at once: rows are [B, S, ...], columns [..., B, S]; the results in that order."""
+        devices = {x.device for x in (*rows, *columns)}
+        if len(devices) != 1:
+            return *(self.along(x, 1) for x in rows), *(self.along(x, -1) for x in columns)
+        return gather_compact(self.index.to(devices.pop()), rows=rows, columns=columns)
+
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, D] -> [B, L, D]: gathered, and mixed where tokens were merged."""
-        out = self.along(x, 1)
+        return self._merged(self.along(x, 1), x)
+
+    def carry(self, tokens: TokenMap, *hidden: torch.Tensor) -> tuple[TokenMap, tuple[torch.Tensor, ...]]:
+        """The map of the reduced sequence, and any hidden states [B, S, D] as `values` gives them, moved together."""
+        names = ("item", "grid", "cell", "position", "source", "size")
+        moved = self.together(rows=hidden, columns=[getattr(tokens, name) for name in names])
+        columns = dict(zip(names, moved[len(hidden) :], strict=True))
         for row, mix in self.mixes.items():
-            out[row] = _mixed(out[row], x[row], mix)
-        return out
+            columns["size"][row, mix.rows] = 0
+            columns["size"][row].index_add_(0, mix.rows, tokens.size[row, mix.cols])
+        values = tuple(self._merged(out, x) for out, x in zip(moved, hidden, strict=False))
+        return replace(tokens, **columns, valid=self.valid), values
+
+    def _merged(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`out`, gathered from x, with the merged tokens of all items mixed in at once."""
+        mixes = [(row, mix) for row, mix in self.mixes.items() if mix.rows.numel()]
+        if not mixes:
+            return out
+        L, S = out.shape[1], x.shape[1]
+        every = Mix(
+            torch.cat([mix.rows + row * L for row, mix in mixes]),
+            torch.cat([mix.cols + row * S for row, mix in mixes]),
+            torch.cat([mix.weights for _, mix in mixes]),
+        )
+        return _mixed(out.flatten(0, 1), x.flatten(0, 1), every).view_as(out)
 
     def columns(self, held: int) -> torch.Tensor:
         """int64 [B, held + L]: where each key stands when `held` older keys precede the old sequence."""
@@ -145,12 +172,11 @@ class Placement:
 def _mixed(kept: torch.Tensor, x: torch.Tensor, mix: Mix | None) -> torch.Tensor:
     if mix is None or mix.rows.numel() == 0:
         return kept
-    rows, slot = torch.unique(mix.rows, return_inverse=True)
-    total = torch.zeros(rows.numel(), x.shape[-1], dtype=torch.float32, device=x.device)
-    total.index_add_(0, slot, x[mix.cols].float() * mix.weights[:, None].to(x.device))
-    out = kept.clone()
-    out[rows] = total.to(x.dtype)
-    return out
+    rows = mix.rows.to(x.device)
+    tokens, weights = x.index_select(0, mix.cols.to(x.device)), mix.weights.to(x.device)
+    merged = scatter_merge(tokens[None], rows[None], weights[None], len(kept))[0]
+    replaced = torch.zeros(len(kept), dtype=torch.bool, device=x.device).index_fill_(0, rows, True)
+    return torch.where(replaced[:, None], merged, kept)
 
 
 def place(

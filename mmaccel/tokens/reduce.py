@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.kernels.scatter_merge import scatter_merge, unmerge
 from mmaccel.tokens.place import Mix, Reduction
 from mmaccel.tokens.select import best_partner, exact_counts, indices_of, mask_of
 
@@ -59,19 +60,15 @@ class Merge:
         bit, may vary from run to run unless torch.use_deterministic_algorithms is on.
         """
         _fits(x, self.assignment, "tokens to merge", same=True)
-        B, K = self.kept.shape
         if not x.is_floating_point():
             raise MethodError(f"only floating-point tokens can be merged; got {x.dtype}")
-        values = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-        values = values if x.dtype == torch.float64 else values.float()
-        out = values.new_zeros(B * (K + 1), values.shape[2])
-        out.index_add_(0, _flat(self.assignment, K), (values * self.weight[..., None]).flatten(0, 1))
-        return out.view(B, K + 1, *x.shape[2:])[:, :K].to(x.dtype)
+        merged = scatter_merge(_rows(x), self.assignment, self.weight, self.kept.shape[1])
+        return merged.view(*self.kept.shape, *x.shape[2:])
 
     def unmerge(self, y: torch.Tensor) -> torch.Tensor:
         """Give every token the value of its output: y (B, K, ...) to (B, N, ...); zeros where it has none."""
         _fits(y, self.kept, "tokens to unmerge", same=True)
-        return drop(y, self.assignment)
+        return unmerge(_rows(y), self.assignment).view(*self.assignment.shape, *y.shape[2:])
 
     def reduction(self, item: int) -> Reduction:
         """Return the merge of one item in the form that `place` puts into a sequence."""
@@ -220,6 +217,10 @@ def _mean(kept: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor | Non
     sizes = weight.new_zeros(B * (K + 1)).index_add_(0, _flat(assignment, K), weight.flatten()).view(B, K + 1)
     total = sizes.gather(1, assignment.masked_fill(assignment < 0, K))
     return Merge(kept, assignment, torch.where(assignment < 0, 0, weight / total), sizes[:, :K])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
 def _flat(assignment: torch.Tensor, K: int) -> torch.Tensor:

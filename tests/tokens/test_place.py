@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmaccel import kernels
 from mmaccel.tokens.place import Mix, Placement, Reduction, TokenMap, compact_positions, place
 
 
@@ -140,6 +141,52 @@ def test_gathers_along_every_dimension():
         assert torch.equal(placement.along(positions, -1)[:, b], positions[:, b, row])
         assert torch.equal(placement.along(cos, 1)[b], cos[b, row])
         assert torch.equal(placement.along(shared, 1)[b], shared[0, row])
+
+
+def test_several_tensors_move_at_once():
+    tokens, found = random_case(2)
+    placement = place(tokens, found)
+    B, S = tokens.valid.shape
+    x, table, positions = torch.randn(B, S, 3, 2), torch.randn(1, S, 4), torch.randn(3, B, S)
+    with kernels.recording() as ran:
+        moved = placement.together(rows=[x, table], columns=[positions])
+    assert [event.op for event in ran] == ["gather_compact"]
+    singly = placement.along(x, 1), placement.along(table, 1), placement.along(positions, -1)
+    for got, one in zip(moved, singly, strict=True):
+        assert torch.equal(got, one)
+    assert placement.together() == ()
+
+
+def test_the_map_and_the_values_move_at_once_and_every_item_is_mixed():
+    layouts = [".t0000t", "tt11111", "ttttttt"]
+    tokens = token_map(layouts)
+    mixes = [
+        Mix(torch.tensor([1, 1, 0]), torch.tensor([3, 0, 2]), torch.tensor([0.25, 0.75, 2.0])),
+        # a token may go to several others
+        Mix(torch.tensor([1, 0, 1]), torch.tensor([4, 4, 0]), torch.tensor([0.5, 1.0, 0.5])),
+    ]
+    kept = [torch.tensor([1, 2]), torch.tensor([0, 4])]
+    found = [(b, cells(layouts[b], b), Reduction(kept[b], mixes[b])) for b in (0, 1)]
+    placement = place(tokens, found)
+    x = torch.randn(3, 7, 5)
+    with kernels.recording() as ran:
+        after, (values,) = placement.carry(tokens, x)
+    assert [event.op for event in ran] == ["gather_compact", "scatter_merge"]
+    for b in range(3):
+        expected = [x[b, i] for i in placement.index[b].tolist()]
+        if b < 2:
+            slots = sorted(cells(layouts[b], b)[kept[b]].tolist())
+            places = [placement.index[b].tolist().index(slot) for slot in slots]
+            for m in range(2):
+                mix, columns = mixes[b], cells(layouts[b], b)
+                chosen = [i for i in range(3) if mix.rows[i] == m]
+                expected[places[m]] = sum(mix.weights[i] * x[b, columns[mix.cols[i]]] for i in chosen)
+        torch.testing.assert_close(values[b], torch.stack(expected))
+    assert torch.equal(values, placement.values(x))
+    alone = tokens.at(placement)
+    for name, value in vars(after).items():
+        assert torch.equal(value, getattr(alone, name))
+    assert after.size[0, -3:].tolist() == [1, 2, 1]
 
 
 def test_consecutive_positions_and_their_shift():
