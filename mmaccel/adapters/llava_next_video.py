@@ -21,6 +21,12 @@ class TiledVideoLM(VideoLM):
     patches_per_cell: ClassVar[int] = 2
     closing_tokens: ClassVar[int] = 0  # newlines behind a video
 
+    @property
+    def side(self) -> int:
+        """Patches along each side of a tile or frame."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
     def resizable(self, kind: str) -> bool:
         """Tiled images are not: their tiles are packed by their full size."""
         return kind == "video"
@@ -41,12 +47,10 @@ class TiledVideoLM(VideoLM):
         """Image: base grid and large grid, newlines apart. Video: one grid, whatever follows it is structure."""
         if encoded.modality == "video":
             videos, frames = encoded.arguments["pixel_values_videos"].shape[:2]
-            tokens = encoded.output.pooler_output.shape[1]
-            per_frame = (tokens - self.closing_tokens) // frames
+            per_frame = self.pooled(torch.zeros(1, self.side**2, 1)).shape[1]
             grid = raster(frames, *square(per_frame))
-            return [ItemLayout("video", tokens, (grid,)) for _ in range(videos)]
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+            return [ItemLayout("video", frames * per_frame + self.closing_tokens, (grid,)) for _ in range(videos)]
+        side = self.side
         count = sum(self.tiles(encoded))
         # the model's own packing of a channel that is zero on patches and infinite on newlines shows which is which
         marked = self.packed(encoded, torch.zeros(count, side * side, 1), float("inf"))
@@ -59,8 +63,7 @@ class TiledVideoLM(VideoLM):
             return torch.cat(self.packed(encoded, scores, 0.0))
         videos = encoded.arguments["pixel_values_videos"].shape[0]
         flat = self.pooled(scores).reshape(videos, -1)
-        newlines = encoded.output.pooler_output.shape[1] - flat.shape[1]
-        return torch.nn.functional.pad(flat, (0, newlines)).flatten()
+        return torch.nn.functional.pad(flat, (0, self.closing_tokens)).flatten()
 
 
 def _image_layout(newline: torch.Tensor, side: int) -> ItemLayout:

@@ -143,15 +143,24 @@ def _keywords(
         changed["attention_mask"] = _mask(site, forward, number, mask, level, cos)
     for one in forward.levels:
         if one.first <= number:
-            cos, sin = one.placement.together(rows=(cos, sin))
+            cos, sin = _angles(one, cos, sin)
     if level is not None:
         changed["position_embeddings"] = (cos, sin)
     return changed
 
 
+def _angles(level: Level, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if cos.dim() == 3:
+        cos, sin = level.placement.together(rows=(cos, sin))
+        return cos, sin
+    # M-RoPE before transformers 5.18: one table an axis, [3, B, S, D], merged inside of attention
+    moved = level.placement.together(rows=(*cos, *sin))
+    return torch.stack(moved[: len(cos)]), torch.stack(moved[len(cos) :])
+
+
 def _mask(site: Site, forward: Forward, number: int, mask: Any, level: Level | None, cos: torch.Tensor) -> torch.Tensor:
     """The mask of a layer, made from that of layer 0: rows of the tokens alive, columns of the keys held there."""
-    device, L = cos.device, cos.shape[1]
+    device, L = cos.device, cos.shape[-2]
     if mask is not None and not isinstance(mask, torch.Tensor):
         raise NotApplicableError(
             f"a {type(mask).__name__} cannot be cut to the tokens of one layer; load the model with "

@@ -6,6 +6,7 @@ fastest path that the device has and says why it fell back; `triton` raises inst
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from mmaccel.errors import MethodError, NotApplicableError
+from mmaccel.kernels.tiles import interpreted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,12 +76,15 @@ def record(op: str, backend: str, reason: str | None = None) -> None:
         events.append(Event(op, backend, reason))
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def no_triton(*tensors: torch.Tensor | None) -> str | None:
     """Say why no Triton kernel can take these tensors, None if one can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
-    from mmaccel.kernels.tiles import interpreted
-
     for tensor in tensors:
         if tensor is None:
             continue

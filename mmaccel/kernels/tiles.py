@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 
 __all__ = ["head_tiles", "interpreted", "widen"]
@@ -18,9 +21,10 @@ def head_tiles(D: int) -> tuple[int, int]:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    triton = sys.modules.get("triton")
+    if triton is None:  # to import it only to be told no would cost the first call a sixth of a second
+        return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    return bool(triton.knobs.runtime.interpret)
 
 
 def widen(dtype: torch.dtype) -> bool:
