@@ -15,7 +15,7 @@ from mmaccel.kernels.partial_row_attention import cpu
 
 __all__ = ["partial_row_attention"]
 
-_MAX_HEAD = 256  # of the Triton path
+_MAX_HEAD = {2: 256, 4: 128}  # of the Triton path, by the size of a channel in bytes; longer ones leave its registers
 
 
 def partial_row_attention(
@@ -44,8 +44,9 @@ def partial_row_attention(
     key_padding: bool (B, N), True where the cached row is valid. causal: row r sees the keys up to r; with sorted rows
     whole blocks of later keys are skipped. A row that sees no key gives 0. scale: None is D ** -0.5.
 
-    NaN in a row or in a valid key or value shows in the result; under `causal` it may also reach rows before that key.
-    NaN in padding is ignored. (torch's CPU kernel gives 0 to a row of which every visible key is NaN.) Not differentiable. Raises MethodError for arguments that do not fit.
+    NaN in a row or in a valid key or value shows in the result; under `causal` it may also reach rows before that key,
+    and torch's CPU kernel gives 0 to a row of which every visible key is NaN. NaN in padding is ignored. Not
+    differentiable. Raises MethodError for arguments that do not fit.
     """
     _check(q, k_new, v_new, k_cache, v_cache, key_padding)
     B, _, m, D = q.shape
@@ -119,8 +120,8 @@ def _run(
 ) -> torch.Tensor:
     reason = no_triton(q)
     longest = max(q.shape[3], v_cache.shape[3])
-    if reason is None and longest > _MAX_HEAD:
-        reason = f"heads of {longest} channels are longer than {_MAX_HEAD}"
+    if reason is None and longest > _MAX_HEAD.get(q.element_size(), 0):
+        reason = f"heads of {longest} channels in {q.dtype} are above {_MAX_HEAD.get(q.element_size(), 0)}"
     if choose("partial_row_attention", q.device, triton_missing=reason) == "triton":
         from mmaccel.kernels.partial_row_attention import triton
 

@@ -46,9 +46,9 @@ def partial_row_attention(
 
     k, v, mask, dead = k_cache, v_cache, None, rows < 0
     if key_padding is not None:
-        # SDPA adds -inf to the logits of a masked key and multiplies its value by 0: NaN would survive both.
-        hidden = ~key_padding[:, None, :, None]
-        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        hidden = ~key_padding
+        # SDPA adds -inf to the logits of a hidden key and multiplies its value by 0, which NaN and infinity survive.
+        k, v = (x if _finite(x, hidden) else x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
         mask = key_padding[:, None, None]
         dead = dead | ~key_padding.any(1, keepdim=True)
     if causal:
@@ -56,6 +56,14 @@ def partial_row_attention(
         mask = past if mask is None else past & mask
         dead = dead | ~mask.any(-1)[:, 0]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=Hkv < H)
-    # the CPU's kernel takes a row of NaN logits for one that sees nothing
-    out.masked_fill_(q.isnan().any(-1, keepdim=True), torch.nan)
-    return out.masked_fill_(dead[:, None, :, None], 0).transpose(1, 2).contiguous().transpose(1, 2)
+    # The CPU's kernel takes a row of NaN logits for one that sees nothing; a sum finds NaN faster than isnan does.
+    broken = q.sum(-1, keepdim=True).isnan()
+    for rows_of, value in ((broken, torch.nan), (dead[:, None, :, None], 0)):
+        if bool(rows_of.any()):
+            out.masked_fill_(rows_of, value)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _finite(x: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether the rows (B, N) `hidden` of x (B, h, N, d) are finite; usually few, so that a copy of x is avoided."""
+    return bool(x.transpose(1, 2)[hidden].sum((1, 2)).isfinite().all())

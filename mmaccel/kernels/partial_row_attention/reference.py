@@ -19,10 +19,11 @@ def partial_row_attention(
     scale: float,
 ) -> torch.Tensor:
     """Write the new rows, then attend in float32 or wider; arguments as in the registered op."""
-    B, H = q.shape[:2]
-    N, G = k_cache.shape[2], H // k_cache.shape[1]
+    N, G = k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     for new, cache in ((k_new, k_cache), (v_new, v_cache)):
-        for b, place in (rows >= 0).nonzero().tolist() if new is not None else ():
+        if new is None:
+            continue
+        for b, place in (rows >= 0).nonzero().tolist():
             cache[b, :, rows[b, place]] = new[b, :, place]
 
     visible = (rows >= 0)[:, :, None].expand(-1, -1, N)

@@ -12,9 +12,7 @@ import triton.language as tl
 
 from mmaccel.kernels.tiles import head_tiles, widen
 
-__all__ = ["MAX_HEAD", "partial_row_attention"]
-
-MAX_HEAD = 256
+__all__ = ["partial_row_attention"]
 
 _COPIED = 32  # rows of one program that writes
 
@@ -80,9 +78,7 @@ def _step(
     if HAS_PADDING:
         valid = valid & (tl.load(padding + n * p_n, mask=valid, other=0) != 0)
     keys = k + first * k_n
-    scores = tl.dot(
-        q1, tl.trans(_part(keys, offsets, valid, k_n, k_d, D, 0, D1, MASKED, WIDE)), input_precision="ieee"
-    )
+    scores = tl.dot(q1, tl.trans(_part(keys, offsets, valid, k_n, k_d, D, 0, D1, MASKED, WIDE)), input_precision="ieee")
     if D2 > 0:
         k2 = _part(keys, offsets, valid, k_n, k_d, D, D1, D2, MASKED, WIDE)
         scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
@@ -137,14 +133,13 @@ def _attend_kernel(
         padding += b * p_b
 
     # Keys before `clear` are seen by every row of the block, keys from `end` on by none.
-    last = tl.max(tl.where(there, at, -1), 0)
-    end = tl.where(last >= 0, N, 0).to(tl.int32)
+    reach = tl.where(there, N, 0)
     if CAUSAL:
-        end = tl.minimum(end, (last + 1).to(tl.int32))
+        reach = tl.where(there, at + 1, 0)
+    end = tl.cast(tl.max(reach, 0), tl.int32)
     clear = end // BN * BN
     if CAUSAL:
-        least = tl.min(tl.where(there, at, N), 0).to(tl.int32)
-        clear = tl.minimum(end, least + 1) // BN * BN
+        clear = tl.minimum(end, tl.cast(tl.min(tl.where(there, at + 1, N), 0), tl.int32)) // BN * BN
     if HAS_PADDING:
         clear = end * 0
 
@@ -192,18 +187,21 @@ def _unit(*caches: torch.Tensor) -> int:
     return unit if whole else 1
 
 
-def _blocks(m: int, longest: int, width: int) -> tuple[int, int, int, int]:
-    """Queries and keys of one step, warps and pipeline stages, for heads of `longest` channels of `width` bytes."""
+def _blocks(m: int, longest: int, width: int) -> tuple[int, int, dict[str, int]]:
+    """Queries and keys of one step, and how it is launched, for heads of `longest` channels of `width` bytes.
+
+    Keys and values of all stages, and the queries, must fit the shared memory of one multiprocessor, and the sums its
+    registers: float32 products do not run on tensor cores and hold their operands in registers too.
+    """
     if m <= 32:
         BM = 16 if m <= 16 else 32
     else:
         # twice the rows read each key half as often, unless the last block would be mostly empty
         BM = 128 if width == 2 and longest <= 128 and triton.cdiv(m, 128) * 128 <= 1.15 * m else 64
-    # keys and values of all stages, and the queries, must fit the shared memory of one multiprocessor
-    row = longest * width
-    BN = 64 if row <= 256 else 32 if row <= 512 else 16
-    stages = 3 if row <= 256 else 2
-    return BM, BN, 8 if BM == 128 else 4, stages
+    if width == 2:
+        warps, stages = 8 if BM == 128 or longest > 128 else 4, 3 if longest <= 128 else 2
+        return BM, 64 if longest <= 128 else 32, {"num_warps": warps, "num_stages": stages}
+    return BM, 32 if longest <= 96 else 16, {"num_warps": 8 if BM == 64 else 4, "num_stages": 2}
 
 
 def partial_row_attention(
@@ -217,7 +215,7 @@ def partial_row_attention(
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Equal to reference.py up to rounding; same arguments. Heads of at most `MAX_HEAD` channels."""
+    """Equal to reference.py up to rounding; same arguments. Heads of at most 256 channels, of float32 128."""
     B, H, M, D = q.shape
     Hkv, N, Dv = v_cache.shape[1:]
     if 0 in (B, H, M, N):
@@ -235,13 +233,13 @@ def partial_row_attention(
     (D1, D2), (V1, V2) = head_tiles(D), head_tiles(Dv)
     unit = _unit(k_cache, v_cache)
     k_strides, v_strides = ([s // unit for s in x.stride()[:3]] + [x.stride(3)] for x in (k_cache, v_cache))
-    BM, BN, warps, stages = _blocks(M, max(D1 + D2, V1 + V2), q.element_size())
+    BM, BN, launch = _blocks(M, max(D1 + D2, V1 + V2), q.element_size())
     _attend_kernel[(triton.cdiv(M, BM) * B * H,)](
         # powers of two are cheaper than powers of e
         q, rows, k_cache, v_cache, key_padding, out, M, N, scale * 1.4426950408889634,
         *q.stride(), *rows.stride(), *k_strides, *v_strides,
         *((0, 0) if key_padding is None else key_padding.stride()), *out.stride()[:3],
         H=H, G=H // Hkv, HAS_PADDING=key_padding is not None, CAUSAL=causal, WIDE=widen(q.dtype),
-        D=D, D1=D1, D2=D2, Dv=Dv, V1=V1, V2=V2, BM=BM, BN=BN, UNIT=unit, num_warps=warps, num_stages=stages,
+        D=D, D1=D1, D2=D2, Dv=Dv, V1=V1, V2=V2, BM=BM, BN=BN, UNIT=unit, **launch,
     )  # fmt: skip
     return out
