@@ -298,6 +298,19 @@ def test_nothing_to_do(nan_filled, backend):
     assert got[1].ne(0).any(-1).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_triton_takes_rows_that_do_not_exist_as_padding(on_triton, causal):
+    q, k_new, v_new, rows, k, v = make(1, 2, 2, 70, 80, 64, device=DEVICE)
+    rows[0, 3:] = -1  # a whole block of queries has nothing to do
+    want_k, want_v = k.clone(), v.clone()
+    want = torch.ops.mmaccel.partial_row_attention(q, k_new, v_new, rows, want_k, want_v, None, causal, 0.1)
+    rows[0, 5:8] = torch.tensor([80, -7, 2**40])
+    got = torch.ops.mmaccel.partial_row_attention(q, k_new, v_new, rows, k, v, None, causal, 0.1)
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
+    torch.testing.assert_close((k, v), (want_k, want_v), atol=0, rtol=0)
+    assert got[:, :, 3:].eq(0).all()
+
+
 @pytest.mark.parametrize("backend", EVERY)
 def test_huge_logits_do_not_overflow(nan_filled, backend):
     q, k_new, v_new, rows, k, v = make(1, 1, 1, 4, 70, 64, device=DEVICE)
