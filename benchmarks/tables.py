@@ -44,8 +44,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     Raises:
         KeyError: no table has this name.
     """
-    scenario = name.removesuffix("/all")
-    make = TABLES[scenario]
+    kind = name.removesuffix("/all")
+    make, scenario = TABLES[kind], SCENARIOS.get(kind, kind)
     rows = rows_of(scenario, results)
     if not rows:
         return f"No results yet: `mmaccel bench {scenario} --out benchmarks/results/{scenario}.jsonl`.\n"
@@ -130,7 +130,52 @@ def speed(rows: list[Row], everything: bool) -> str:
     return "\n".join(parts)
 
 
-TABLES: dict[str, Callable[[list[Row], bool], str]] = {"video_lm/quality": quality, "video_lm/speed": speed}
+def kernels(rows: list[Row], everything: bool) -> str:
+    """A line for each op, size and dtype; the sizes of tests only on demand."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if everything or row["size"] != "tiny":
+            key = (_processor(row), row["op"], row["size"], row["dtype"])
+            groups.setdefault(key, {})[row["contestant"]] = row
+    heads = ["op", "time", "of eager", "of compiled", "of SDPA", "of the limit", "path"]
+    tables: dict[str, list[list[str]]] = {}
+    missing: dict[str, dict[str, None]] = {}
+    for (place, *_), group in groups.items():
+        ours = group["mmaccel"]
+        rivals = [group.get(name) for name in ("eager", "compiled", "sdpa")]
+        tables.setdefault(place, []).append(
+            [
+                f"`{ours['op']}`, {ours['shape']}, {ours['dtype']}",
+                _seconds(ours["seconds"]["median"]),
+                *("" if rival is None else _against(rival) for rival in rivals),
+                f"{_percent(ours['of_limit'])} ({ours['limited_by']})",
+                ", ".join(_path(event) for event in ours["path"]),
+            ]
+        )
+        for row in group.values():
+            if row["missing"] is not None:
+                missing.setdefault(place, {})[f"No {row['contestant']} `{row['op']}`: {row['missing']}."] = None
+    parts = []
+    for place, lines in tables.items():
+        one = next(row for row in rows if _processor(row) == place)
+        gpu = "" if any(row["device"] != "cpu" for row in rows) else " No GPU figure exists yet."
+        caption = (
+            f"**Random inputs**, {one['device']}, median of {one['repeats']} warm rounds in turn; of eager, compiled "
+            "and SDPA: the op's time as a share of that of plain torch, of the same under `torch.compile` and of dense "
+            "attention over all rows; of the limit: the time that the bytes or the matrix products alone must take, at "
+            "the copy bandwidth and the matmul rate measured in the same rounds, as a share of the op's."
+            f"{' '.join(['', *missing.get(place, {})])}{gpu} {place}"
+        )
+        parts.append(_markdown(heads, lines, caption))
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[list[Row], bool], str]] = {
+    "video_lm/quality": quality,
+    "video_lm/speed": speed,
+    "kernels": kernels,
+}
+SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
 
 
 def plot_quality(results: Path = RESULTS) -> list[Path]:
@@ -191,7 +236,22 @@ def _tokens(row: Row) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{1e6 * value:.0f} µs"
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def _against(rival: Row) -> str:
+    return "missing" if rival["missing"] is not None else _percent(rival["ratio"]["median"])
+
+
+def _path(event: Row) -> str:
+    return event["backend"] if event["reason"] is None else f"{event['backend']} ({event['reason']})"
+
+
+def _processor(row: Row) -> str:
+    """The machine, by the part of it that did the work."""
+    return _machine(row if row["device"] != "cpu" else {**row, "machine": {**row["machine"], "gpu": None}})
 
 
 def _share(row: Row, dense: Row, stage: str) -> str:

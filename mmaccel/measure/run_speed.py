@@ -13,6 +13,7 @@ import torch
 from mmaccel.adapters import video_lm
 from mmaccel.api import accelerate
 from mmaccel.errors import MMAccelError
+from mmaccel.measure.devices import device_named, dtype_named
 from mmaccel.measure.flops import count_flops, encoder_flops, paper_prefill_macs, prefill_flops
 from mmaccel.measure.memory import peak_memory
 from mmaccel.measure.rows import append_rows, environment, read_rows
@@ -58,7 +59,9 @@ def run(name: str, options: SpeedOptions, out: Path, progress: Callable[[str, in
     Raises:
         MMAccelError: an unknown dtype, a device that is not there, or an option out of range.
     """
-    device, dtype = _place(options)
+    device, dtype = device_named(options.device), dtype_named(options.dtype)
+    if options.threads < 1 or options.repeats < 1:
+        raise MMAccelError("threads and repeats must be at least 1.")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -80,20 +83,6 @@ def run(name: str, options: SpeedOptions, out: Path, progress: Callable[[str, in
         torch.set_num_threads(before)
     keys = {options.key(model, frames) for model in options.models for frames in options.frames}
     return [row for row in read_rows(out) if row.get("benchmark") == name and row["key"] in keys]
-
-
-def _place(options: SpeedOptions) -> tuple[torch.device, torch.dtype]:
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise MMAccelError(f"dtype must be a torch dtype such as bfloat16, not {options.dtype!r}.")
-    wanted = options.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise MMAccelError("device cuda was asked for, but torch sees no GPU; use device=cpu.")
-    if options.threads < 1 or options.repeats < 1:
-        raise MMAccelError("threads and repeats must be at least 1.")
-    return torch.device(wanted), dtype
 
 
 @dataclass(frozen=True)

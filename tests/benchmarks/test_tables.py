@@ -46,6 +46,20 @@ def speed_row(name, frames, seconds, ratio, **extra):
     }  # fmt: skip
 
 
+def kernel_row(contestant, ratio=None, size="full", device="cpu", **extra):
+    spread = {"low": 0.1, "high": 0.3, "n": 9}
+    path = [{"op": "scores", "backend": "torch", "reason": "no path for int8"}]
+    figures = {
+        "seconds": spread | {"median": 0.2}, "ratio": spread | {"median": ratio}, "of_limit": 0.456,
+        "path": path if contestant == "mmaccel" else None,
+    }  # fmt: skip
+    return {
+        "benchmark": "kernels/speed", "op": "scores", "size": size, "shape": f"{size} [4, 5]", "dtype": "bfloat16",
+        "device": device, "repeats": 9, "limited_by": "memory", "contestant": contestant, "missing": None,
+        **({} if ratio is None else figures), **MACHINE, **extra,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "docs").mkdir()
@@ -116,8 +130,49 @@ def test_the_speed_table_takes_the_latest_rows_of_the_chosen_length(place):
     assert len(cells(tables.table("video_lm/speed/all", place[1]))) == 2 + 3
 
 
+def test_the_kernel_table(tmp_path):
+    out = tmp_path / "kernels" / "speed.jsonl"
+    append_rows(
+        out,
+        [
+            kernel_row("mmaccel", 1.0), kernel_row("eager", 0.125), kernel_row("sdpa", 1.5),
+            kernel_row("compiled", missing="OSError: no compiler"),
+            kernel_row("mmaccel", 1.0, size="tiny"), kernel_row("eager", 0.5, size="tiny"),
+        ],
+    )  # fmt: skip
+    found = tables.table("kernels", tmp_path)
+    heads, _, *lines = cells(found)
+    assert heads == ["op", "time", "of eager", "of compiled", "of SDPA", "of the limit", "path"]
+    assert lines == [
+        ["`scores`, full [4, 5], bfloat16", "200.0 ms", "12.5 %", "missing", "150.0 %", "45.6 % (memory)",
+         "torch (no path for int8)"],
+    ]  # fmt: skip
+    assert "No compiled `scores`: OSError: no compiler." in found
+    assert "No GPU figure exists yet." in found
+    assert "cpu, median of 9" in found
+    _, _, *lines = cells(tables.table("kernels/all", tmp_path))
+    assert [line[0] for line in lines] == ["`scores`, full [4, 5], bfloat16", "`scores`, tiny [4, 5], bfloat16"]
+    assert lines[1][2:5] == ["50.0 %", "", ""]
+
+    # a machine with a GPU, used or not: the device that did the work is named
+    gpu = {**MACHINE["machine"], "gpu": "Test GPU"}
+    append_rows(out.with_name("speed-other.jsonl"), [kernel_row("mmaccel", 1.0, device="cuda", machine=gpu)])
+    append_rows(out.with_name("speed-other.jsonl"), [kernel_row("mmaccel", 1.0, size="small", machine=gpu)])
+    found = tables.table("kernels", tmp_path)
+    assert "No GPU" not in found
+    parts = found.split("| op |")[1:]
+    assert [("Test CPU" in part, "Test GPU" in part, len(cells(part))) for part in parts] == [
+        (True, False, 3), (False, True, 2),
+    ]  # fmt: skip
+
+
+def test_times_have_three_units():
+    assert [tables._seconds(value) for value in (2.5, 0.25, 2.5e-4)] == ["2.50 s", "250.0 ms", "250 µs"]
+
+
 def test_no_results_and_no_table(tmp_path):
     assert "mmaccel bench video_lm/speed" in tables.table("video_lm/speed", tmp_path)
+    assert "mmaccel bench kernels/speed" in tables.table("kernels", tmp_path)
     with pytest.raises(KeyError):
         tables.table("video_lm/beauty", tmp_path)
 
