@@ -58,7 +58,7 @@ def frame_change(
             at = torch.full((B, S), -2 if reference is None else -1, device=x.device)
             if seen is not None:
                 at.masked_fill_(~seen, -2)
-            if threshold is not None:
+            if threshold is not None and T:
                 _running(x, reference, mask, measure, threshold, change, at)
             return change, at
         _consecutive(x, reference, measure, change)

@@ -58,7 +58,7 @@ def _frame_change_kernel(
         at += 1
     if HAS_SEEN:
         at = tl.where(tl.load(seen + b * S + s, mask=there, other=0) != 0, at, -2)
-    valid_before = there & (begin > 0)
+    valid_before = there & (tl.full([BS], begin, tl.int64) > 0)
     at = tl.where(valid_before, begin - 1, at)
     if HAS_MASK:
         held = tl.load(mask + (b * T + begin - 1) * S + s, mask=valid_before, other=0) != 0
@@ -117,7 +117,8 @@ def _frame_change_kernel(
             at = tl.where(valid, t, -2).to(tl.int64)
             base = size
         now_x += x_t
-    tl.store(last + b * S + s, at, mask=there & (end == T))
+    if end == T:
+        tl.store(last + b * S + s, at, mask=there)
 
 
 def frame_change(
