@@ -87,9 +87,7 @@ def _consecutive(x: torch.Tensor, reference: torch.Tensor | None, measure: int, 
         if reference is not None:
             before = reference[b, s].to(wide)
             norms = _size(before, measure)
-            change[b, 0, s] = _measured(
-                frames[:, 0], before, size[:, 0] * norms if measure < 2 else norms, measure
-            )
+            change[b, 0, s] = _measured(frames[:, 0], before, size[:, 0] * norms if measure < 2 else norms, measure)
 
 
 def _running(
@@ -111,7 +109,11 @@ def _running(
         for t in range(T):
             now = x[b, t, s].to(wide)
             size = _size(now, measure)
-            moved = _measured(now, before, size * base if measure < 2 else base, measure).float().masked_fill_(at[b, s] == -2, torch.inf)
+            moved = (
+                _measured(now, before, size * base if measure < 2 else base, measure)
+                .float()
+                .masked_fill_(at[b, s] == -2, torch.inf)
+            )
             taken = ~(moved <= threshold)
             if mask is not None:
                 moved.masked_fill_(~mask[b, t, s], -torch.inf)

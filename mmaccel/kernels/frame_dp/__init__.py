@@ -78,7 +78,8 @@ def _run(static: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _fake(static: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: ARG001
     B, steps, _ = static.shape
-    return tuple(static.new_empty(shape, dtype=torch.int64) for shape in ((B, steps + 1), (B,), (B, steps + 1)))
+    starts, window = (static.new_empty((B, steps + 1), dtype=torch.int64) for _ in range(2))
+    return starts, static.new_empty((B,), dtype=torch.int64), window
 
 
 _library = torch.library.Library("mmaccel", "FRAGMENT")

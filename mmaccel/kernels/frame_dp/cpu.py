@@ -56,4 +56,5 @@ def frame_dp(static: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Te
         saved[b] = best[0]
         for number, (start, stop) in enumerate(backtrack(starts[b].tolist())):
             window[b, start:stop] = number
-    return tuple(torch.from_numpy(x).to(static.device) for x in (starts, saved, window))
+    first, most, number = (torch.from_numpy(x).to(static.device) for x in (starts, saved, window))
+    return first, most, number

@@ -28,4 +28,4 @@ def frame_dp(static: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Te
             j = int(starts[b, j]) - 1
         for number, (start, stop) in enumerate(found):
             window[b, start:stop] = number
-    return tuple(x.to(static.device) for x in (starts, best[:, -1], window))
+    return starts.to(static.device), best[:, -1].to(static.device), window.to(static.device)

@@ -5,7 +5,7 @@ ends the windows that start there; nothing is written or read again between two 
 depend on what was found. All numbers are whole, so every run gives the same.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton
@@ -60,7 +60,7 @@ def _program_kernel(counts, starts, saved, window, T, L, WIDE: tl.constexpr, BJ:
     start = tl.zeros([BJ], tl.int32)
     before = tl.sum(tl.zeros_like(best), 0)
     row = counts + b * (T - 1) * L
-    for i in range(0, T):
+    for i in range(T):
         steps = j - i
         inside = (steps >= 1) & (steps <= L) & (j < T)
         total = before + steps.to(best.dtype) * tl.load(row + steps - 1, mask=inside, other=0)
