@@ -141,10 +141,8 @@ def change(
     _check_measure(measure)
     wide = torch.promote_types(current.dtype, previous.dtype)
     now, before = (_floating(x.to(wide)) for x in (current, previous))
-    if now.ndim != 3:
-        now, before = (
-            x.reshape(-1, *x.shape[-2:]) if x.ndim > 3 else x.view(1, -1, x.shape[-1]) for x in (now, before)
-        )
+    if now.ndim != 3:  # to (items, tokens, channels)
+        now, before = (x.flatten(0, -3) if x.ndim > 3 else x[(None,) * (3 - x.ndim)] for x in (now, before))
     moved = frame_change(now[:, None], reference=before, measure=measure).change
     return _eligible(moved.view(current.shape[:-1]), mask)
 

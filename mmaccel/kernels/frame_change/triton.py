@@ -5,7 +5,7 @@ of the input or the given one, so its number is enough, and nothing is copied. W
 are also cut into parts, so that short videos fill the device. Every result has one writer: the same in every run.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton
