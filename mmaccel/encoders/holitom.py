@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from mmaccel.errors import MethodError
+from mmaccel.kernels.frame_dp import frame_dp, windows
 from mmaccel.method import Info, Stage, Touch, knob
 from mmaccel.reducer import BEFORE_LLM, INSIDE_LLM, GridReducer
 from mmaccel.tokens import reduce, select, signals
@@ -115,13 +116,14 @@ class HoliTom(GridReducer):
         score = tokens.score.view(T, S)
         similarity = signals.cosine_to_previous_frame(x[None])[0] if T > 1 else x.new_zeros(0, S)
         static = similarity > self.tau
-        windows, saved = segment(static, self.longest)
+        cut = frame_dp(static[None], self.longest)
+        saved = int(cut.saved[0])
         ratio = 1.0 if self.temporal_only else self._ratio(T * S, saved)
         if T > 1:
             inert = f"holitom: tau={self.tau} never reached, largest similarity {float(similarity.max()):.3f}"
             tokens.note("" if saved else inert, "holitom tau")
         parts = _Parts(S)
-        for start, stop in windows:
+        for start, stop in windows(cut.starts)[0]:
             alike = (
                 static[start : stop - 1].all(0) if stop - start > 1 else torch.zeros_like(score[0], dtype=torch.bool)
             )
@@ -226,31 +228,3 @@ def _ascending(reduction: Reduction) -> Reduction:
     if reduction.mix is None:
         return Reduction(index)
     return Reduction(index, Mix(order.argsort()[reduction.mix.rows], reduction.mix.cols, reduction.mix.weights))
-
-
-def segment(static: torch.Tensor, longest: int = 1024) -> tuple[list[tuple[int, int]], int]:
-    """Cut a video into segments so that merging unchanged positions over each saves most tokens.
-
-    static: bool [T - 1, S], whether a position is the same in frame t and t + 1. A segment of frames i..j saves
-    (j - i) * (positions static on all its steps). Returns the segments as (start, stop) and the tokens saved.
-    """
-    T = static.shape[0] + 1
-    gains = [[0] * T for _ in range(T)]
-    for i in range(T - 1):
-        alive = static[i : i + longest - 1].int().cumprod(0) if longest > 1 else static[:0]
-        for step, count in enumerate(alive.sum(1).tolist(), start=1):
-            gains[i][i + step] = step * count
-    best, start = [0] * T, list(range(T))
-    for j in range(1, T):
-        best[j] = best[j - 1]
-        for w in range(2, min(j + 1, longest) + 1):
-            i = j - w + 1
-            total = (best[i - 1] if i else 0) + gains[i][j]
-            if total > best[j]:
-                best[j], start[j] = total, i
-    windows = []
-    j = T - 1
-    while j >= 0:
-        windows.append((start[j], j + 1))
-        j = start[j] - 1
-    return windows[::-1], best[-1]

@@ -6,12 +6,13 @@ them (a minus sign would make ineligible tokens the best). NaN features give NaN
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from mmaccel.errors import MethodError
 from mmaccel.kernels import attention_received as _op
+from mmaccel.kernels.frame_change import frame_change
 
 __all__ = [
     "attention_received",
@@ -32,6 +33,15 @@ Measure = Literal["cosine", "l1", "l2"]
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _floating(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_floating_point() else x.float()
+
+
+def _check_measure(measure: str) -> None:
+    if measure not in get_args(Measure):
+        raise MethodError(f"measure={measure!r} is not known; choose cosine, l1 or l2")
 
 
 def _check_mask(mask: torch.Tensor | None, shape: torch.Size) -> None:
@@ -115,7 +125,7 @@ def cosine_to_previous_frame(x: torch.Tensor, mask: torch.Tensor | None = None) 
     _ndim("x", x, "(B, T, S, D)")
     _check_mask(mask, x.shape[:3])
     both = None if mask is None else mask[:, 1:] & mask[:, :-1]
-    return _eligible(_cosine(x[:, 1:], x[:, :-1]), both)
+    return _eligible(frame_change(_floating(x), measure="similarity").change[:, 1:], both)
 
 
 def change(
@@ -128,15 +138,13 @@ def change(
     """
     if current.shape != previous.shape:
         raise MethodError(f"current {tuple(current.shape)} and previous {tuple(previous.shape)} must have one shape")
-    if measure == "cosine":
-        return _eligible(1 - _cosine(current, previous), mask)
-    if measure not in ("l1", "l2"):
-        raise MethodError(f"measure={measure!r} is not known; choose cosine, l1 or l2")
-    order = 1 if measure == "l1" else 2
-    current, previous = _wide(current), _wide(previous)
-    moved = torch.linalg.vector_norm(current - previous, ord=order, dim=-1)
-    base = torch.linalg.vector_norm(previous, ord=order, dim=-1)
-    return _eligible(moved / base.clamp_min(torch.finfo(base.dtype).eps), mask)
+    _check_measure(measure)
+    wide = torch.promote_types(current.dtype, previous.dtype)
+    now, before = (_floating(x.to(wide)) for x in (current, previous))
+    if now.ndim != 3:  # to (items, tokens, channels)
+        now, before = (x.flatten(0, -3) if x.ndim > 3 else x[(None,) * (3 - x.ndim)] for x in (now, before))
+    moved = frame_change(now[:, None], reference=before, measure=measure).change
+    return _eligible(moved.view(current.shape[:-1]), mask)
 
 
 def temporal_change(
@@ -153,10 +161,11 @@ def temporal_change(
     """
     _ndim("x", x, "(B, T, S, D)")
     _check_mask(mask, x.shape[:3])
-    moved = torch.full(x.shape[:3], first, dtype=torch.float32, device=x.device)
-    moved[:, 1:] = change(x[:, 1:], x[:, :-1], measure=measure)
+    _check_measure(measure)
+    moved = frame_change(_floating(x), measure=measure).change
+    moved[:, :1] = first
     if mask is not None:
-        moved[:, 1:] = moved[:, 1:].masked_fill(~mask[:, :-1], first)
+        moved[:, 1:].masked_fill_(~mask[:, :-1], first)
     return _eligible(moved, mask)
 
 

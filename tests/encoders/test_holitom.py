@@ -9,8 +9,14 @@ import pytest
 import torch
 from made import cosine, noise, scene, video
 
-from mmaccel.encoders.holitom import HoliTom, segment
+from mmaccel.encoders.holitom import HoliTom
 from mmaccel.errors import MethodError, NotApplicableError
+from mmaccel.kernels.frame_dp import frame_dp, windows
+
+
+def segment(static, longest=1024):
+    cut = frame_dp(static[None], longest)
+    return windows(cut.starts)[0], int(cut.saved)
 
 
 def saving(static, start, stop):
@@ -33,10 +39,10 @@ def best_by_force(static, longest):
 def test_segmentation_saves_as_much_as_brute_force(T, longest):
     for seed in range(6):
         static = torch.rand(T - 1, 7, generator=torch.Generator().manual_seed(seed)) < 0.55 + 0.07 * seed
-        windows, saved = segment(static, longest)
-        assert [t for start, stop in windows for t in range(start, stop)] == list(range(T))
-        assert all(stop - start <= longest for start, stop in windows)
-        assert saved == sum(saving(static, *window) for window in windows) == best_by_force(static, longest)
+        parts, saved = segment(static, longest)
+        assert [t for start, stop in parts for t in range(start, stop)] == list(range(T))
+        assert all(stop - start <= longest for start, stop in parts)
+        assert saved == sum(saving(static, *window) for window in parts) == best_by_force(static, longest)
 
 
 def test_identical_frames_become_one():
@@ -78,13 +84,13 @@ def test_the_number_kept_is_within_the_bound_of_the_card(keep, tau, contextual):
         x = scene(T, S, still=still, cuts=(3, 5), seed=seed)
         tokens = video(x, noise(T, S, seed=seed + 10))
         static = torch.tensor([[cosine(x[t, p], x[t + 1, p]) > tau for p in range(S)] for t in range(T - 1)])
-        windows, saved = segment(static)
+        parts, saved = segment(static)
         n = len(HoliTom(keep=keep, tau=tau, contextual=contextual).reduce(tokens).index)
         wanted = keep if isinstance(keep, int) else keep * T * S
         if wanted / (T * S - saved) >= 1:
             assert n == T * S - saved
         else:
-            assert abs(n - wanted) <= T + len(windows) / 2
+            assert abs(n - wanted) <= T + len(parts) / 2
 
 
 def test_a_constant_field_stays_what_it_is():
@@ -117,11 +123,11 @@ def test_values_of_static_and_contextual_tokens_follow_the_card():
     reduction = HoliTom(keep=0.3, tau=0.9, contextual=0.5, beta=beta).reduce(video(x, score))
     out = reduction.apply(x.view(T * S, -1))
     static = torch.tensor([[cosine(x[t, p], x[t + 1, p]) > 0.9 for p in range(S)] for t in range(T - 1)])
-    windows, saved = segment(static)
+    parts, saved = segment(static)
     ratio = min(0.3 / ((T * S - saved) / (T * S)), 1)
-    assert any(stop - start > 1 for start, stop in windows)
+    assert any(stop - start > 1 for start, stop in parts)
     kept, done = reduction.index.tolist(), 0
-    for start, stop in windows:
+    for start, stop in parts:
         still = [p for p in range(S) if stop - start > 1 and static[start : stop - 1, p].all()]
         count = round(len(still) * ratio)
         mean = x[start:stop, still].mean(0)
