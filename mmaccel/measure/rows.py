@@ -121,9 +121,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
+    if not _is_row(lines[-1]):
+        del lines[-1]
     rows = []
-    for number, line in enumerate([*lines, *([last] if _is_row(last) else [])], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

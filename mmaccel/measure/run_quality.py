@@ -36,11 +36,12 @@ _RANDOM = "random"
 class QualityOptions:
     """What is run.
 
-    methods: names, or specs without `keep`. keeps: budgets. overrides: full specs, each in the place of that of the same
-    method at the same keep, for knobs that a paper sets by budget: "holitom:keep=0.1;tau=0.65". clips: of each seed, disjoint. first: number of the first
-    one in `split`. questions: at most so many a clip, 0 for one of every kind that the clip allows; which kinds differs
-    from clip to clip. source: "render" hands frames over directly, "h264" writes 32 frames to a file and reads 8 back.
-    workers: processes, each with `threads` threads.
+    methods: names, or specs without `keep`. keeps: budgets. overrides: full specs, each in the place of that of the
+    same method at the same keep, for knobs that a paper sets by budget: "holitom:keep=0.1;tau=0.65"; what is not run
+    needs none. clips: of each seed, disjoint. first: number of the first one in `split`. questions: at most so many a
+    clip, 0 for one of every kind that the clip allows; which kinds differs from clip to clip. source: "render" hands
+    frames over directly, "h264" writes 32 frames to a file and reads 8 back. workers: processes, each with `threads`
+    threads.
     """
 
     methods: tuple[str, ...]
@@ -58,23 +59,15 @@ class QualityOptions:
     threads: int = 1
 
     def specs(self, seed: int) -> dict[str, str]:
-        """Spec by name; a method with a seed knob gets this seed, which is not a part of its name.
-
-        Raises:
-            MMAccelError: an override stands for no method and keep that is run.
-        """
+        """Spec by name; a method with a seed knob gets this seed, which is not a part of its name."""
         named = {}
         special = {_budget(spec): spec for spec in self.overrides}
         for method in self.methods:
             for keep in self.keeps:
                 name = f"{method}{';' if ':' in method else ':'}keep={keep:g}"
-                name = special.pop(_budget(name), name)
+                name = special.get(_budget(name), name)
                 seeded = any(entry.name == "seed" for stack in normalise([name]) for entry in fields(stack))
                 named[name] = f"{name};seed={seed}" if seeded else name
-        if special:
-            raise MMAccelError(
-                f"overrides hold {', '.join(special.values())}, but no method of that name is run at that keep."
-            )
         return named
 
     def key(self) -> str:
@@ -132,6 +125,8 @@ def _check(options: QualityOptions) -> None:
     if min(options.clips, options.batch, options.workers, options.threads) < 1 or needed > len(SPLITS[options.split]):
         raise MMAccelError("clips, batch, workers and threads must be at least 1, and the split must hold the clips.")
     options.specs(0)
+    for override in options.overrides:
+        normalise([override])
 
 
 def _rows_of(out: Path, name: str, options: QualityOptions) -> list[dict[str, Any]]:

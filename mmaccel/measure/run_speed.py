@@ -146,8 +146,9 @@ def _group(
     )  # fmt: skip
     machine["machine"]["load_after"] = load()
     common = {
-        "benchmark": name, "key": options.key(model_name, frames, model.device), "model": model_name, "weights": "random",
-        "frames": frames, "dtype": options.dtype, "attention": "sdpa", "device": str(model.device), "batch": 1,
+        "benchmark": name, "key": options.key(model_name, frames, model.device), "model": model_name,
+        "weights": "random", "frames": frames, "dtype": options.dtype, "attention": "sdpa",
+        "device": str(model.device), "batch": 1,
         "layers": len(video_lm(model).layers), "layers_total": REAL[model_name].layers,
         "vision_layers": len(video_lm(model).vision_blocks()), "vision_layers_total": REAL[model_name].vision_layers,
         "shortened": bool(options.layers or options.vision_layers), "repeats": options.repeats,

@@ -16,8 +16,8 @@ from mmaccel.tiny import families
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
-    "methods": ["holitom", "random"], "keeps": [0.15], "overrides": [], "clips": 3, "batch": 2, "seeds": [0, 1], "questions": 2,
-    "samples": 100, "workers": 1, "source": "render",
+    "methods": ["holitom", "random"], "keeps": [0.15], "overrides": [], "clips": 3, "batch": 2, "seeds": [0, 1],
+    "questions": 2, "samples": 100, "workers": 1, "source": "render",
 }  # fmt: skip
 
 
@@ -165,8 +165,11 @@ def test_an_override_takes_the_place_of_its_method_at_its_keep(quality, tmp_path
         "random:keep=0.25": "random:keep=0.25;seed=1",
         "random:keep=0.1": "random:keep=0.1;seed=1",
     }
-    with pytest.raises(MMAccelError, match="evs:keep=0.1"):
-        QualityOptions(methods=("holitom",), keeps=(0.1,), overrides=("evs:keep=0.1",)).specs(0)
+    assert list(QualityOptions(methods=("evs",), keeps=(0.1,), overrides=options.overrides).specs(0)) == [
+        "evs:keep=0.1"
+    ]
+    with pytest.raises(MMAccelError, match="no method"):
+        run_scenario(quality, tmp_path / "q.jsonl", {**SMALL, "overrides": ["nothing:keep=0.15"]})
     small = {**SMALL, "clips": 1, "seeds": [0], "overrides": ["holitom:keep=0.15;tau=0.65"]}
     _, holitom, *_ = run_scenario(quality, tmp_path / "q.jsonl", small)
     assert holitom["spec"] == "holitom:keep=0.15;tau=0.65"
