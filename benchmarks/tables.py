@@ -86,8 +86,8 @@ def quality(rows: list[Row], everything: bool) -> str:
     caption = (
         f"**Embedded model** (trained, {one['dtype']}, SDPA). {one['clips']:,} held-out clips, {frames}, {one['n']:,} "
         f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips; over random: points, at the same "
-        "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language model, of dense; FLOPs: "
-        f"of {work}, of dense. "
+        "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language model, "
+        f"of dense; FLOPs: of {work}, of dense. "
         f"* baseline. {_machine(one)}"
     )
     return _markdown(heads, lines, caption)
@@ -155,8 +155,8 @@ def _speed_caption(run: list[Row]) -> str:
     )
     return (
         f"**Random weights** in published configurations, {one['dtype']}, SDPA, batch 1, median of {one['repeats']} "
-        "warm rounds in turn; encode and prefill: time of dense, then share of it; overhead: the method's own work, of the "
-        f"dense and of its own time to first token{token}; peak memory: above what was held before the call "
+        "warm rounds in turn; encode and prefill: time of dense, then share of it; overhead: the method's own work, of "
+        f"the dense and of its own time to first token{token}; peak memory: above what was held before the call "
         f"({one['memory']['method']}); FLOPs: torch's counter, the method's own included, of dense.{cut} "
         f"* baseline. {_machine(one)}"
     )

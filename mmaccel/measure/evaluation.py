@@ -22,6 +22,7 @@ from mmaccel.measure.outcome import Cost, Evaluation, Outcome, mean_cost, merge
 from mmaccel.measure.quality import kl_to_dense
 from mmaccel.measure.replay import Replay, encoder_key
 from mmaccel.measure.stages import DENSE
+from mmaccel.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -211,8 +212,8 @@ def _one_round(model: Any, inputs: dict[str, Any], handle: Handle | None, replay
         replay.own = int
     layers = len(video_lm(model).layers)
     lengths = [[length] * layers for length in inputs["attention_mask"].sum(1).tolist()]
-    report = handle.report() if handle else None
-    for entry in report.tokens.values() if report is not None else ():
+    report = handle.report() if handle else Report()
+    for entry in report.tokens.values():
         if not entry.calls:
             continue
         inner = re.fullmatch(r"layer (\d+)", entry.place)
