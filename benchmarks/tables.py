@@ -86,8 +86,8 @@ def quality(rows: list[Row], everything: bool) -> str:
     caption = (
         f"**Embedded model** (trained, {one['dtype']}, SDPA). {one['clips']:,} held-out clips, {frames}, {one['n']:,} "
         f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips; over random: points, at the same "
-        "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language model, "
-        f"of dense; FLOPs: of {work}, of dense. "
+        "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language "
+        f"model, of dense; FLOPs: of {work}, of dense. "
         f"* baseline. {_machine(one)}"
     )
     return _markdown(heads, lines, caption)
@@ -149,7 +149,8 @@ def _speed_caption(run: list[Row]) -> str:
     token = "; output token: each token behind the first" if any("time_per_output_token" in row for row in run) else ""
     cut = (
         " Layers: of the language model + of the vision tower. A total flatters where the vision tower is cut harder "
-        "than the language model; the shares of encode and prefill are what carries over to the whole model."
+        "than the language model; what carries over to the whole model are the shares of encode (too high where a short "
+        "tower is scored) and prefill."
         if one["shortened"]
         else ""
     )
