@@ -149,8 +149,8 @@ def _speed_caption(run: list[Row]) -> str:
     token = "; output token: each token behind the first" if any("time_per_output_token" in row for row in run) else ""
     cut = (
         " Layers: of the language model + of the vision tower. A total flatters where the vision tower is cut harder "
-        "than the language model; what carries over to the whole model are the shares of encode (too high where a short "
-        "tower is scored) and prefill."
+        "than the language model; what carries over to the whole model are the shares of encode (too high where a "
+        "short tower is scored) and prefill."
         if one["shortened"]
         else ""
     )

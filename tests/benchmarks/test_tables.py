@@ -42,8 +42,8 @@ def speed_row(name, frames, seconds, ratio, **extra):
     return {
         "benchmark": "video_lm/speed", "key": f"k{frames}", "model": "m", "spec": name, "frames": frames,
         "device": "cpu", "layers": 4, "layers_total": 24, "vision_layers": 2, "vision_layers_total": 26,
-        "shortened": True, "dtype": "bfloat16", "repeats": 5, "ttft_ratio": ratio, "overhead_of_dense": 0.004, "overhead_of_own": 0.03,
-        "memory": {"growth": 1_234_000_000, "peak": 2e9, "method": "rss high-water mark"},
+        "shortened": True, "dtype": "bfloat16", "repeats": 5, "ttft_ratio": ratio, "overhead_of_dense": 0.004,
+        "overhead_of_own": 0.03, "memory": {"growth": 1_234_000_000, "peak": 2e9, "method": "rss high-water mark"},
         "stage_ratio": {"encode": 1.01, "prefill": 0.08}, "tokens_in": 10, "tokens_out": 10, "tokens_last": 10,
         "flops_counted": {"total": 2.0 * ratio},
         "ttft": {"total": stage | {"median": seconds}, "stages": {"encode": stage, "prefill": stage}}, **MACHINE,
