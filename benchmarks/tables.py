@@ -61,7 +61,10 @@ def quality(rows: list[Row], everything: bool) -> str:
     """Accuracy at equal budgets, all seeds together, or also one by one."""
     pooled = [row for row in rows if everything or row["seed"] == "all"]
     dense = {row["seed"]: row for row in rows if row["spec"] == "dense"}
-    heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "prefill", "FLOPs"]
+    # rows from before the methods' own work was counted
+    own = all("flops_own" in row for row in pooled)
+    cost = "FLOPs, own scoring included" if own else "FLOPs"
+    heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "prefill", cost]
     lines = []
     pooled.sort(key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -_keep(row["spec"])))
     for row in pooled:
@@ -79,55 +82,65 @@ def quality(rows: list[Row], everything: bool) -> str:
         )
     one = pooled[0]
     frames = "read back from H.264 files" if one["options"]["source"] == "h264" else "rendered"
+    work = "encoder, prefill and the method's own scoring and merging" if own else "encoder and prefill"
     caption = (
         f"**Embedded model** (trained, {one['dtype']}, SDPA). {one['clips']:,} held-out clips, {frames}, {one['n']:,} "
         f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips; over random: points, at the same "
-        "keep; tokens: in the prompt, in the first and in the last decoder layer; FLOPs of the prefill, and of encoder "
-        f"and prefill, of dense. * baseline. {_machine(one)}"
+        "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language "
+        f"model, of dense; FLOPs: of {work}, of dense. "
+        f"* baseline. {_machine(one)}"
     )
     return _markdown(heads, lines, caption)
 
 
 def speed(rows: list[Row], everything: bool) -> str:
-    """Time to first token of each model, at one length or at all."""
-    latest = {(_machine(r), r["model"], r["frames"], r["layers"], r["vision_layers"], r["spec"]): r for r in rows}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for key, row in latest.items():
-        groups.setdefault(key[:-1], []).append(row)
-    heads = ["model", "setting", "first token", "of dense", "encode", "prefill", "overhead", "tokens", "FLOPs"]
-    tables: dict[str, list[list[str]]] = {}
-    for (machine, model, frames, *_), group in groups.items():
-        lengths = {key[2] for key in groups if key[:2] == (machine, model)}
-        if not everything and frames != min(lengths, key=lambda n: abs(n - README_FRAMES)):
-            continue
-        dense = next(row for row in group if row["spec"] == "dense")
-        depth = f", {dense['layers']} + {dense['vision_layers']} layers" if dense["shortened"] else ""
-        for row in sorted(group, key=lambda row: row is not dense):
+    """Time to first token of each model, at one length or at all, of the newest run of each setup."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["key"], []).append(row)
+    newest: dict[tuple[Any, ...], list[Row]] = {}
+    # the sort is stable, so of two runs of one second the later in the files wins
+    for run in sorted(runs.values(), key=lambda run: max(row["time"] for row in run)):
+        newest[_setup(run[0])] = run
+    parts: dict[str, list[list[Row]]] = {}
+    for run in sorted(newest.values(), key=lambda run: rows.index(run[0])):
+        lengths = {other[0]["frames"] for other in newest.values() if _setup(other[0])[:2] == _setup(run[0])[:2]}
+        if everything or run[0]["frames"] == min(lengths, key=lambda n: abs(n - README_FRAMES)):
+            # runs that one caption describes share a table
+            parts.setdefault(_speed_caption(run), []).append(run)
+    return "\n".join(_speed_part(caption, shown) for caption, shown in parts.items())
+
+
+def _setup(row: Row) -> tuple[Any, ...]:
+    return _place(row), row["model"], row["frames"], row["dtype"], row["layers"], row["vision_layers"]
+
+
+def _speed_part(caption: str, runs: list[list[Row]]) -> str:
+    tokens_timed = any("time_per_output_token" in row for run in runs for row in run)
+    heads = ["model", "setting", "first token", "of dense", "encode", "prefill", "overhead"]
+    heads += ["output token"] * tokens_timed + ["peak memory", "tokens", "FLOPs"]
+    lines = []
+    for run in runs:
+        dense = next(row for row in run if row["spec"] == "dense")
+        for row in sorted(run, key=lambda row: row is not dense):
             share = row["flops_counted"]["total"] / dense["flops_counted"]["total"]
             own = "" if row is dense else f"{_percent(row['overhead_of_dense'])} / {_percent(row['overhead_of_own'])}"
-            tables.setdefault(machine, []).append(
+            token = row.get("time_per_output_token")
+            lines.append(
                 [
-                    f"{model}, {frames} frames{depth}",
+                    f"{row['model']}, {row['frames']} frames{_depth(row)}",
                     f"`{row['spec']}`{_mark(row['spec'])}",
                     _seconds(row["ttft"]["total"]["median"]),
                     _percent(row["ttft_ratio"]),
                     *(_share(row, dense, stage) for stage in ("encode", "prefill")),
                     own,
+                    *([_seconds(token["median"]) if token else ""] * tokens_timed),
+                    f"{row['memory']['growth'] / 1e6:,.0f} MB",
                     _tokens(row),
                     _percent(share),
                 ]
             )
-    parts = []
-    for machine, lines in tables.items():
-        one = next(row for row in rows if _machine(row) == machine)
-        caption = (
-            f"**Random weights** in published configurations, {one['dtype']}, SDPA, batch 1, median of "
-            f"{one['repeats']} warm rounds in turn; encode and prefill: time of dense, then share of it; overhead: the "
-            "method's own work, of the dense and of its own time to first token; FLOPs: torch's counter, of dense. "
-            f"* baseline. {machine}"
-        )
-        parts.append(_markdown(heads, lines, caption))
-    return "\n".join(parts)
+    return _markdown(heads, lines, caption)
 
 
 def kernels(rows: list[Row], everything: bool) -> str:
@@ -135,7 +148,7 @@ def kernels(rows: list[Row], everything: bool) -> str:
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if everything or row["size"] != "tiny":
-            key = (_processor(row), row["op"], row["size"], row["dtype"])
+            key = (_machine(row), row["op"], row["size"], row["dtype"])
             groups.setdefault(key, {})[row["contestant"]] = row
     heads = ["op", "time", "of eager", "of compiled", "of SDPA", "of the limit", "path"]
     tables: dict[str, list[list[str]]] = {}
@@ -157,7 +170,7 @@ def kernels(rows: list[Row], everything: bool) -> str:
                 missing.setdefault(place, {})[f"No {row['contestant']} `{row['op']}`: {row['missing']}."] = None
     parts = []
     for place, lines in tables.items():
-        one = next(row for row in rows if _processor(row) == place)
+        one = next(row for row in rows if _machine(row) == place)
         gpu = "" if any(row["device"] != "cpu" for row in rows) else " No GPU figure exists yet."
         caption = (
             f"**Random inputs**, {one['device']}, median of {one['repeats']} warm rounds in turn; of eager, compiled "
@@ -170,9 +183,38 @@ def kernels(rows: list[Row], everything: bool) -> str:
     return "\n".join(parts)
 
 
+def _speed_caption(run: list[Row]) -> str:
+    """What is true of all rows of a run, and of none that it is not said of."""
+    one = run[0]
+    token = "; output token: each token behind the first" if any("time_per_output_token" in row for row in run) else ""
+    cut = (
+        " Layers: of the language model + of the vision tower. A total flatters where the vision tower is cut harder "
+        "than the language model; what carries over to the whole model are the shares of encode (too high where a "
+        "short tower is scored) and prefill."
+        if one["shortened"]
+        else ""
+    )
+    return (
+        f"**Random weights** in published configurations, {one['dtype']}, SDPA, batch 1, median of {one['repeats']} "
+        "warm rounds in turn; encode and prefill: time of dense, then share of it; overhead: the method's own work, of "
+        f"the dense and of its own time to first token{token}; peak memory: above what was held before the call "
+        f"({one['memory']['method']}); FLOPs: torch's counter, the method's own included, of dense.{cut} "
+        f"* baseline. {_machine(one)}"
+    )
+
+
+def _depth(row: Row) -> str:
+    if not row["shortened"]:
+        return ""
+    if "layers_total" not in row:
+        return f", {row['layers']} + {row['vision_layers']} layers"
+    return f", {row['layers']} of {row['layers_total']} + {row['vision_layers']} of {row['vision_layers_total']} layers"
+
+
 TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "video_lm/quality": quality,
     "video_lm/speed": speed,
+    "video_lm/speed_published": speed,
     "kernels": kernels,
 }
 SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
@@ -249,23 +291,24 @@ def _path(event: Row) -> str:
     return event["backend"] if event["reason"] is None else f"{event['backend']} ({event['reason']})"
 
 
-def _processor(row: Row) -> str:
-    """The machine, by the part of it that did the work."""
-    return _machine(row if row["device"] != "cpu" else {**row, "machine": {**row["machine"], "gpu": None}})
-
-
 def _share(row: Row, dense: Row, stage: str) -> str:
     if row is dense:
         return _seconds(row["ttft"]["stages"][stage]["median"])
     return _percent(row["stage_ratio"][stage]) if row["stage_ratio"][stage] is not None else ""
 
 
+def _place(row: Row) -> str:
+    # a run on the CPU of a machine that has a GPU says nothing of the GPU
+    machine, device = row["machine"], row.get("device", "cpu")
+    if device.startswith("cuda"):
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads a process"
+
+
 def _machine(row: Row) -> str:
-    machine, versions = row["machine"], row["versions"]
-    place = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads a process"
-    return (
-        f"{place}; torch {versions['torch']}, transformers {versions['transformers']}, mmaccel {versions['mmaccel']}."
-    )
+    version = row["versions"]
+    names = ("torch", "transformers", "mmaccel")
+    return f"{_place(row)}; {', '.join(f'{name} {version[name]}' for name in names)}."
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = RESULTS) -> int:

@@ -17,17 +17,18 @@ from mmaccel.api import accelerate
 from mmaccel.compose import arrange, normalise
 from mmaccel.core.patching import Patcher
 from mmaccel.errors import MMAccelError
-from mmaccel.measure.flops import prefill_flops
-from mmaccel.measure.outcome import Cost, Evaluation, Outcome, merge
+from mmaccel.measure.flops import own_flops, prefill_flops
+from mmaccel.measure.outcome import Cost, Evaluation, Outcome, mean_cost, merge
 from mmaccel.measure.quality import kl_to_dense
 from mmaccel.measure.replay import Replay, encoder_key
 from mmaccel.measure.stages import DENSE
+from mmaccel.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from mmaccel.handle import Handle
     from mmaccel.method import Method
-    from mmaccel.report import Report
 
 __all__ = ["Case", "Evaluation", "Outcome", "evaluate"]
 
@@ -50,15 +51,16 @@ def evaluate(
     *,
     batch: int = 16,
     share_encoder: bool = True,
-    first_batch: int = 0,
+    first_clip: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer every question with the dense model and under each spec; an answer is the most likely next token.
 
     `batch` clips go through together, one question of each at a time. With `share_encoder` a batch is encoded once for
     all questions and for all settings that treat the encoder alike; the results are the same. `progress(n)` is called
-    after each batch with the number of clips done. A method with a `seed` knob draws anew for every batch: its seed is
-    seed * 1000003 + number of the batch, counted from `first_batch`.
+    after each batch with the number of clips done. A method with a `seed` knob draws anew for every clip, because the
+    intervals take clips as independent: its seed is seed * 1000003 + number of the clip, and clips go through one by
+    one. Clips are numbered from `first_clip`, those without a question left out.
 
     Raises:
         MMAccelError: there is no case with a question, or an answer is not one token of the tokenizer.
@@ -69,9 +71,8 @@ def evaluate(
     stacks = {spec: arrange(normalise([spec])) for spec in specs}
     parts: list[Evaluation] = []
     done = 0
-    for number, group in enumerate(_groups(cases, batch), start=first_batch):
-        settings = {spec: [_reseeded(method, number) for method in stack] for spec, stack in stacks.items()}
-        parts.append(_one_batch(model, _Questions(model, processor, group, done), settings, share_encoder))
+    for group in _groups(cases, batch):
+        parts.append(_one_batch(model, processor, group, first_clip + done, stacks, share_encoder))
         done += len(group)
         if progress is not None:
             progress(done)
@@ -86,8 +87,12 @@ def _groups(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
         yield group
 
 
+def _seeded(method: Method) -> bool:
+    return any(entry.name == "seed" for entry in fields(method))
+
+
 def _reseeded(method: Method, number: int) -> Method:
-    if not any(entry.name == "seed" for entry in fields(method)):
+    if not _seeded(method):
         return method
     seed: int = method.seed  # type: ignore[attr-defined]
     return replace(method, seed=seed * _SEED_STEP + number)  # type: ignore[call-arg]
@@ -129,60 +134,123 @@ def _chat(question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
 
 
-def _one_batch(model: Any, questions: _Questions, settings: dict[str, list[Method]], share: bool) -> Evaluation:
+def _one_batch(
+    model: Any, processor: Any, cases: list[Case], first_clip: int, stacks: dict[str, list[Method]], share: bool
+) -> Evaluation:
+    together = {spec: stack for spec, stack in stacks.items() if not any(map(_seeded, stack))}
+    questions = _Questions(model, processor, cases, first_clip)
+    answers = _answers(model, questions, {DENSE: [], **together}, share)
+    alone = [spec for spec in stacks if spec not in together]
+    clips: dict[str, list[_Answers]] = {spec: [] for spec in alone}
+    for number, case in enumerate(cases if alone else (), start=first_clip):
+        settings = {spec: [_reseeded(method, number) for method in stacks[spec]] for spec in alone}
+        for spec, answer in _answers(model, _Questions(model, processor, [case], number), settings, share).items():
+            clips[spec].append(answer)
+    answers |= {spec: _concatenated(parts) for spec, parts in clips.items()}
+    dense = answers[DENSE].logits
+    outcomes = {spec: _outcome(answers[spec], dense, questions) for spec in (DENSE, *stacks)}
+    return Evaluation(outcomes, questions.clips, questions.kinds)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The questions of some clips under one setting: logits [n, V], what they cost on average, how long they took."""
+
+    logits: torch.Tensor
+    cost: Cost
+    seconds: float
+
+
+def _concatenated(parts: list[_Answers]) -> _Answers:
+    weights = [float(len(part.logits)) for part in parts]
+    return _Answers(
+        torch.cat([part.logits for part in parts]),
+        mean_cost([part.cost for part in parts], weights),
+        sum(part.seconds for part in parts),
+    )
+
+
+def _answers(
+    model: Any, questions: _Questions, settings: dict[str, list[Method]], share: bool
+) -> dict[str, _Answers]:  # fmt: skip
     site, patcher = video_lm(model), Patcher()
-    outcomes: dict[str, Outcome] = {}
-    dense: torch.Tensor | None = None
+    found: dict[str, _Answers] = {}
     try:
         replay = Replay(site, patcher, share=share)
-        for spec, methods in {DENSE: [], **settings}.items():
+        for spec, methods in settings.items():
             replay.key = encoder_key(methods)
             start = time.perf_counter()
             with ExitStack() as stack:
                 handle = stack.enter_context(accelerate(model, methods)) if methods else None
-                answered = [_last_logits(model, inputs) for inputs in questions.rounds]
+                rounds = [_one_round(model, inputs, handle, replay) for inputs in questions.rounds]
             seconds = time.perf_counter() - start
-            logits = torch.stack([answered[q][row] for q, row in questions.used])
-            dense = logits if dense is None else dense
-            encoder = replay.flops / len(answered[0])
-            cost = _cost(model, questions, handle.report() if handle else None, encoder)
-            outcomes[spec] = _outcome(logits, dense, questions, cost, seconds)
+            logits = torch.stack([rounds[q].logits[row] for q, row in questions.used])
+            found[spec] = _Answers(logits, _cost(model, questions, rounds, replay), seconds)
     finally:
         patcher.undo()
-    return Evaluation(outcomes, questions.clips, questions.kinds)
+    return found
 
 
-def _last_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+@dataclass(frozen=True)
+class _Round:
+    """One question of each clip.
+
+    logits [rows, V]. lengths: for each row the tokens at each decoder layer, padding left out. own: FLOPs of the
+    methods behind the encoder, all rows together.
+    """
+
+    logits: torch.Tensor
+    lengths: list[tuple[int, ...]]
+    own: int
 
 
-def _outcome(
-    logits: torch.Tensor, dense: torch.Tensor, questions: _Questions, cost: Cost, seconds: float
-) -> Outcome:  # fmt: skip
+def _one_round(model: Any, inputs: dict[str, Any], handle: Handle | None, replay: Replay) -> _Round:
+    ran = replay.ran
+    with own_flops(model) as own, torch.no_grad():
+        replay.own = lambda: own.scored
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        replay.own = int
+    layers = len(video_lm(model).layers)
+    lengths = [[length] * layers for length in inputs["attention_mask"].sum(1).tolist()]
+    report = handle.report() if handle else Report()
+    for entry in report.tokens.values():
+        if not entry.calls:
+            continue
+        inner = re.fullmatch(r"layer (\d+)", entry.place)
+        first = int(inner[1]) if inner else 0
+        for row, kept in enumerate(report.kept(entry.method, entry.place)):
+            lengths[row][first:] = [len(kept)] * (layers - first)
+    return _Round(logits, [tuple(row) for row in lengths], own.total - (replay.ran - ran))
+
+
+def _outcome(answers: _Answers, dense: torch.Tensor, questions: _Questions) -> Outcome:
+    logits = answers.logits
     chosen, reference = logits.argmax(-1).cpu().numpy(), dense.argmax(-1).cpu().numpy()
     words = [questions.tokenizer.decode([token]).strip() for token in chosen.tolist()]
-    return Outcome(chosen == questions.answers, chosen == reference, kl_to_dense(dense, logits), words, cost, seconds)
+    divergence = kl_to_dense(dense, logits)
+    return Outcome(
+        chosen == questions.answers, chosen == reference, divergence, words, answers.cost, answers.seconds
+    )  # fmt: skip
 
 
-def _cost(model: Any, questions: _Questions, report: Report | None, encoder: float) -> Cost:
+def _cost(model: Any, questions: _Questions, rounds: list[_Round], replay: Replay) -> Cost:
     site = video_lm(model)
-    rows = sum(len(inputs["input_ids"]) for inputs in questions.rounds)
-    length = sum(int(inputs["attention_mask"].sum()) for inputs in questions.rounds) / rows
-    visual = 0.0
+    visual = []
     for inputs in questions.rounds:
         ids = inputs["input_ids"]
-        visual += sum(int(where.sum()) for where in site.placeholders(ids, ids).values()) / rows
-    layers = np.full(len(site.layers), length)
-    for entry in report.tokens.values() if report is not None else ():
-        inner = re.fullmatch(r"layer (\d+)", entry.place)
-        layers[int(inner[1]) if inner else 0 :] -= (entry.tokens_in - entry.tokens_out) / rows
-    gone = length - layers
+        visual.append(sum(where.sum(1) for where in site.placeholders(ids, ids).values()).tolist())  # type: ignore[union-attr]
+    lengths = np.array([rounds[q].lengths[row] for q, row in questions.used], dtype=np.float64)
+    texts = np.array(
+        [int(questions.rounds[q]["attention_mask"][row].sum()) - visual[q][row] for q, row in questions.used]
+    )
+    prefill = {row: prefill_flops(model, row) for row in {rounds[q].lengths[row] for q, row in questions.used}}
+    clips = len(rounds[0].logits)
     return Cost(
-        visual,
-        visual - float(gone[0]),
-        visual - float(gone[-1]),
-        layers,
-        encoder,
-        prefill_flops(model, layers.tolist()),
+        float(np.mean([visual[q][row] for q, row in questions.used])),
+        float((lengths[:, 0] - texts).mean()),
+        float((lengths[:, -1] - texts).mean()),
+        lengths.mean(0),
+        replay.flops / clips,
+        float(np.mean([prefill[rounds[q].lengths[row]] for q, row in questions.used])),
+        replay.flops_own / clips + float(np.mean([rounds[q].own / clips for q, _ in questions.used])),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,11 @@ from mmaccel.measure.boundaries import split, watch
 from mmaccel.measure.stages import first_token
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["count_flops", "encoder_flops", "paper_prefill_macs", "prefill_flops"]
+    from mmaccel.measure.boundaries import Spans
+
+__all__ = ["OwnFlops", "count_flops", "encoder_flops", "own_flops", "paper_prefill_macs", "prefill_flops"]
 
 
 def _attention_received(q: Any, k: Any, rows: Any, *_: Any, **__: Any) -> int:
@@ -36,14 +39,48 @@ def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         AdapterError: the model is no vision-language model that has an adapter.
     """
-    import mmaccel.kernels.attention_received  # noqa: F401 - registers the op
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mmaccel.attention_received: _attention_received})
+    counter = _counter()
     with watch(model, counter.get_total_flops) as spans, counter:
         first_token(model, inputs)
     total = counter.get_total_flops()
     stages, own = split(spans.totals(lambda start, end: end - start), total)
     return {**{name: int(value) for name, value in stages.items()}, "total": total, "overhead": int(own)}
+
+
+class OwnFlops:
+    """What of a block's FLOPs, as `count_flops` counts them, is mmaccel's: `scored` in listeners and hooks so far."""
+
+    def __init__(self, spans: Spans, counter: FlopCounterMode) -> None:
+        self._spans, self._counter = spans, counter
+
+    @property
+    def scored(self) -> int:
+        """FLOPs of hooks and listeners up to now; may be read while an encoder runs."""
+        return sum(end - start for start, end in self._spans.pairs["own"])
+
+    @property
+    def total(self) -> int:
+        """FLOPs of hooks, listeners and wrappers; to be read when the call is over."""
+        totals = self._spans.totals(lambda start, end: end - start)
+        return int(split(totals, self._counter.get_total_flops())[1])
+
+
+@contextmanager
+def own_flops(model: Any) -> Iterator[OwnFlops]:
+    """Count mmaccel's own FLOPs in the calls of a block; put on behind all handles.
+
+    Raises:
+        AdapterError: the model is no vision-language model that has an adapter.
+    """
+    counter = _counter()
+    with watch(model, counter.get_total_flops) as spans, counter:
+        yield OwnFlops(spans, counter)
+
+
+def _counter() -> FlopCounterMode:
+    import mmaccel.kernels.attention_received  # noqa: F401 - registers the op
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.mmaccel.attention_received: _attention_received})
 
 
 def paper_prefill_macs(tokens: Sequence[float], width: int, inner: int) -> float:

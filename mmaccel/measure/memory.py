@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import threading
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,36 +48,83 @@ class Peak:
 def peak_memory(device: str | torch.device = "cpu") -> Iterator[Peak]:
     """Measure the peak memory of a block: `with peak_memory(model.device) as peak: ...; peak.growth`.
 
+    Blocks may stand inside of one another, each with a peak of its own, and a block that raises has one too.
+
     Raises:
         MMAccelError: neither CUDA nor a system with /proc, so there is nothing to read.
     """
     place = torch.device(device)
     if place.type == "cuda":
-        measured = _allocated(place)
+        measured = _carried(_CudaMark(place))
     elif not _STATM.exists():
         raise MMAccelError("peak memory is read from /proc or from CUDA, and this system has neither.")
     else:
-        _trim()
-        measured = _marked() if _reset() else _sampled()
+        mark = _ProcessMark()
+        measured = _carried(mark) if mark.resets() else _sampled()
     with measured as peak:
         yield peak
 
 
-@contextmanager
-def _allocated(place: torch.device) -> Iterator[Peak]:
-    torch.cuda.synchronize(place)
-    torch.cuda.reset_peak_memory_stats(place)
-    peak = Peak("cuda allocator", torch.cuda.memory_allocated(place))
-    yield peak
-    torch.cuda.synchronize(place)
-    peak.peak = torch.cuda.max_memory_allocated(place)
+class _ProcessMark:
+    """The kernel's high-water mark of this process."""
+
+    name, method = "process", "rss high-water mark"
+
+    def resets(self) -> bool:
+        """Whether the kernel lets us start anew; blocks around are told first, because the trial does it."""
+        _carry_out(self)
+        _trim()
+        return _reset()
+
+    def start(self) -> int:
+        return _resident()
+
+    def highest(self) -> int:
+        return _high_water()
+
+
+class _CudaMark:
+    """The high-water mark of torch's allocator on one device."""
+
+    method = "cuda allocator"
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+        self.name = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
+
+    def start(self) -> int:
+        torch.cuda.synchronize(self.place)
+        _carry_out(self)
+        torch.cuda.reset_peak_memory_stats(self.place)
+        return torch.cuda.memory_allocated(self.place)
+
+    def highest(self) -> int:
+        torch.cuda.synchronize(self.place)
+        return torch.cuda.max_memory_allocated(self.place)
+
+
+# blocks that are running, by mark: there is one mark for all of them, and the start of a block takes it down
+_running: dict[str, list[Peak]] = defaultdict(list)
+
+
+def _carry_out(mark: _ProcessMark | _CudaMark) -> None:
+    if _running[mark.name]:
+        highest = mark.highest()
+        for peak in _running[mark.name]:
+            peak.peak = max(peak.peak, highest)
 
 
 @contextmanager
-def _marked() -> Iterator[Peak]:
-    peak = Peak("rss high-water mark", _resident())
-    yield peak
-    peak.peak = _high_water()
+def _carried(mark: _ProcessMark | _CudaMark) -> Iterator[Peak]:
+    peak = Peak(mark.method, mark.start())
+    running = _running[mark.name]
+    running.append(peak)
+    try:
+        yield peak
+    finally:
+        # by identity: two blocks may have begun at the same size
+        running[:] = [other for other in running if other is not peak]
+        peak.peak = max(peak.peak, mark.highest())
 
 
 def _trim() -> None:

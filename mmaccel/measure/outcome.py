@@ -14,15 +14,16 @@ from mmaccel.measure.stages import DENSE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Cost", "Evaluation", "Outcome", "merge", "pack", "unpack"]
+__all__ = ["Cost", "Evaluation", "Outcome", "mean_cost", "merge", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one question cost under a setting, as a mean over questions.
+    """What one question cost under a setting, as a mean over questions, each counted without padding.
 
     tokens_in, tokens_out, tokens_last: visual tokens of the prompt, of them in the first decoder layer, and in the last
     one. tokens_per_layer: float64 [layers], all tokens, text included. encoder_flops, prefill_flops: closed forms.
+    flops_own: what the methods themselves computed, by torch's counter in the batch, its padding included.
     """
 
     tokens_in: float
@@ -31,6 +32,7 @@ class Cost:
     tokens_per_layer: np.ndarray
     encoder_flops: float
     prefill_flops: float
+    flops_own: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Evaluation:
 
         spec, n (questions), clips; accuracy, difference (to dense) and ratio (to dense), each as {"value", "low",
         "high", "n", "groups", "level"} by a paired bootstrap over clips; agreement (same answer as dense), kl (mean,
-        nats), tokens_in, tokens_out, tokens_last, tokens_per_layer, encoder_flops, prefill_flops, flops (both),
-        by_kind {kind: accuracy}. `ratio` is None where the dense model is right nowhere.
+        nats), tokens_in, tokens_out, tokens_last, tokens_per_layer, encoder_flops, prefill_flops, flops_own,
+        flops (these three), by_kind {kind: accuracy}. `ratio` is None where the dense model is right nowhere.
         """
         dense = self.outcomes[DENSE]
         options: dict[str, Any] = {"groups": self.clips, "samples": samples, "seed": seed}
@@ -91,7 +93,8 @@ class Evaluation:
                     "tokens_per_layer": cost.tokens_per_layer.tolist(),
                     "encoder_flops": cost.encoder_flops,
                     "prefill_flops": cost.prefill_flops,
-                    "flops": cost.encoder_flops + cost.prefill_flops,
+                    "flops_own": cost.flops_own,
+                    "flops": cost.encoder_flops + cost.prefill_flops + cost.flops_own,
                     "by_kind": self._by_kind(outcome),
                 }
             )
@@ -137,23 +140,29 @@ def merge(parts: Sequence[Evaluation]) -> Evaluation:
     specs = list(parts[0].outcomes)
     if any(list(part.outcomes) != specs for part in parts):
         raise MMAccelError("evaluations of different specs cannot be merged.")
-    weights = np.array([len(part.clips) for part in parts], dtype=np.float64)
-    merged = {spec: _joined([part.outcomes[spec] for part in parts], weights / weights.sum()) for spec in specs}
+    merged = {spec: _joined([part.outcomes[spec] for part in parts]) for spec in specs}
     return Evaluation(
         merged, np.concatenate([part.clips for part in parts]), [kind for part in parts for kind in part.kinds]
     )
 
 
-def _joined(parts: list[Outcome], weights: np.ndarray) -> Outcome:
-    def mean(name: str) -> Any:
-        return sum(w * getattr(part.cost, name) for w, part in zip(weights.tolist(), parts, strict=True))
+def mean_cost(costs: Sequence[Cost], weights: Sequence[float]) -> Cost:
+    """The cost of a question when `weights[i]` questions cost `costs[i]`."""
+    shares = (np.array(weights, dtype=np.float64) / sum(weights)).tolist()
 
+    def mean(name: str) -> Any:
+        return sum(share * getattr(cost, name) for share, cost in zip(shares, costs, strict=True))
+
+    return Cost(*(mean(name) for name in Cost.__dataclass_fields__))
+
+
+def _joined(parts: list[Outcome]) -> Outcome:
     return Outcome(
         np.concatenate([part.hits for part in parts]),
         np.concatenate([part.same for part in parts]),
         np.concatenate([part.kl for part in parts]),
         [answer for part in parts for answer in part.answers],
-        Cost(*(mean(name) for name in Cost.__dataclass_fields__)),
+        mean_cost([part.cost for part in parts], [len(part.hits) for part in parts]),
         sum(part.seconds for part in parts),
     )
 

@@ -105,11 +105,14 @@ def _equal(columns: tuple[Any, ...]) -> tuple[Any, ...]:
 def kl_to_dense(dense: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
     """KL(dense || other) of next-token logits [n, V], in nats: float64 [n].
 
+    A token that the dense model rules out (logit -inf) counts 0; one that only the other rules out makes it infinite.
+
     Raises:
         MMAccelError: the shapes differ.
     """
     if dense.shape != logits.shape:
         raise MMAccelError(f"logits of the same questions must have one shape, not {dense.shape} and {logits.shape}.")
     p, q = dense.double().log_softmax(-1), logits.double().log_softmax(-1)
+    terms = (p.exp() * (p - q)).masked_fill(p == -np.inf, 0)
     # rounding may leave -1e-17 where the two are equal
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().numpy()
+    return terms.sum(-1).clamp_min(0).cpu().numpy()

@@ -17,7 +17,7 @@ from mmaccel.measure.shapes import record_shapes
 from mmaccel.method import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from mmaccel.core.patching import Patcher
     from mmaccel.method import Method
@@ -43,12 +43,16 @@ class Replay:
     """Stands in for the encoder methods of one model until `patcher` is undone; put on before any handle.
 
     Set `key` before each setting; calls under a key that is known are answered from memory (unless `share` is off).
-    Made for one batch: every call must have the same pixels.
+    Made for one batch: every call must have the same pixels. `own` reads mmaccel's FLOPs while a call runs, if someone
+    counts them; `ran` is what the encoder calls that were really made had of them.
     """
 
     def __init__(self, site: Any, patcher: Patcher, *, share: bool) -> None:
         self.site, self.share = site, share
         self.key: Hashable = None
+        self.own: Callable[[], int] = int
+        self.ran = 0
+        self._own: dict[tuple[str, Hashable], int] = {}
         self._flops: dict[tuple[str, Hashable], float] = {}
         self._kept: dict[tuple[str, Hashable], _Kept] = {}
         for modality, method in site.encoders.items():
@@ -59,14 +63,22 @@ class Replay:
         """Closed-form FLOPs of the tower under the present key, all items of the batch together."""
         return sum(flops for (_, key), flops in self._flops.items() if key == self.key)
 
+    @property
+    def flops_own(self) -> int:
+        """mmaccel's own FLOPs in the encoder under the present key, all items of the batch together."""
+        return sum(flops for (_, key), flops in self._own.items() if key == self.key)
+
     def _around(self, modality: str) -> Any:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             key = (modality, self.key)
             record = encoding(self.site)
             kept = self._kept.get(key)
             if kept is None:
+                before = self.own()
                 with record_shapes(self.site.target) as shapes:
                     output = call(*args, **kwargs)
+                self._own[key] = self.own() - before
+                self.ran += self._own[key]
                 self._flops[key] = encoder_flops(self.site.target, shapes.vision)
                 if self.share:
                     scores, thinned = (dict(record.scores), list(record.thinned)) if record else ({}, [])

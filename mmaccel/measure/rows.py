@@ -17,7 +17,7 @@ from mmaccel.errors import MMAccelError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["append_rows", "environment", "read_rows"]
+__all__ = ["append_rows", "cpu_name", "environment", "load", "read_rows"]
 
 _PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "av", "numpy", "triton")
 
@@ -32,10 +32,10 @@ def environment() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     machine = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "memory_gb": _memory(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
@@ -54,7 +54,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def load() -> float | None:
+    """The machine's load now, as a mean over one minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_name() -> str:
+    """The processor's model."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -83,16 +89,27 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
             raise MMAccelError(f"a result row cannot be written as JSON ({error}): {row}") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a line that was cut off by a crash must not swallow the next one
-    if path.exists():
-        whole = path.read_bytes()
-        if whole and not whole.endswith(b"\n"):
-            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    _end_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     return len(lines)
+
+
+def _end_last_line(path: Path) -> None:
+    """A line that was cut off by a crash must not swallow the next one; one that only lacks its end is a row."""
+    whole = path.read_bytes() if path.exists() else b""
+    start = whole.rfind(b"\n") + 1
+    if start < len(whole):
+        path.write_bytes(whole + b"\n" if _is_row(whole[start:]) else whole[:start])
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -104,12 +121,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    lines = path.read_bytes().split(b"\n")
+    if not _is_row(lines[-1]):
+        del lines[-1]
     rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise MMAccelError(f"{path}, line {number}, is no JSON: {error}") from error
         if not isinstance(row, dict):
             raise MMAccelError(f"{path}, line {number}, is no JSON object.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
@@ -35,14 +36,17 @@ _RANDOM = "random"
 class QualityOptions:
     """What is run.
 
-    methods: names, or specs without `keep`. keeps: budgets. clips: of each seed, disjoint. first: number of the first
-    one in `split`. questions: at most so many a clip, 0 for one of every kind that the clip allows; which kinds differs
-    from clip to clip. source: "render" hands frames over directly, "h264" writes 32 frames to a file and reads 8 back.
-    workers: processes, each with `threads` threads.
+    methods: names, or specs without `keep`. keeps: budgets. overrides: full specs, each in the place of that of the
+    same method at the same keep, for knobs that a paper sets by budget: "holitom:keep=0.1;tau=0.65"; what is not run
+    needs none. clips: of each seed, disjoint. first: number of the first one in `split`. questions: at most so many a
+    clip, 0 for one of every kind that the clip allows; which kinds differs from clip to clip. source: "render" hands
+    frames over directly, "h264" writes 32 frames to a file and reads 8 back. workers: processes, each with `threads`
+    threads.
     """
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...] = (0.25, 0.15, 0.10)
+    overrides: tuple[str, ...] = ()
     clips: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2)
     split: str = "held-out"
@@ -57,9 +61,11 @@ class QualityOptions:
     def specs(self, seed: int) -> dict[str, str]:
         """Spec by name; a method with a seed knob gets this seed, which is not a part of its name."""
         named = {}
+        special = {_budget(spec): spec for spec in self.overrides}
         for method in self.methods:
             for keep in self.keeps:
                 name = f"{method}{';' if ':' in method else ':'}keep={keep:g}"
+                name = special.get(_budget(name), name)
                 seeded = any(entry.name == "seed" for stack in normalise([name]) for entry in fields(stack))
                 named[name] = f"{name};seed={seed}" if seeded else name
         return named
@@ -68,6 +74,12 @@ class QualityOptions:
         """Tells apart runs whose results may differ."""
         relevant = {k: v for k, v in asdict(self).items() if k not in ("workers", "threads", "seeds", "samples")}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _budget(spec: str) -> tuple[str, float | None]:
+    """Name and keep of a spec."""
+    found = re.search(r"\bkeep=([\d.]+)", spec)
+    return spec.partition(":")[0], float(found[1]) if found else None
 
 
 def run(
@@ -113,6 +125,8 @@ def _check(options: QualityOptions) -> None:
     if min(options.clips, options.batch, options.workers, options.threads) < 1 or needed > len(SPLITS[options.split]):
         raise MMAccelError("clips, batch, workers and threads must be at least 1, and the split must hold the clips.")
     options.specs(0)
+    for override in options.overrides:
+        normalise([override])
 
 
 def _rows_of(out: Path, name: str, options: QualityOptions) -> list[dict[str, Any]]:
@@ -164,10 +178,10 @@ def _evaluate(job: tuple[QualityOptions, int, int]) -> tuple[int, int, Any]:
     numbers = range(first + batch * options.batch, first + min(options.clips, (batch + 1) * options.batch))
     named = options.specs(seed)
     cases = [_case(options, number) for number in numbers]
-    evaluation = evaluate(model, processor, cases, list(named.values()), batch=len(cases), first_batch=batch)
+    evaluation = evaluate(model, processor, cases, list(named.values()), batch=len(cases), first_clip=numbers[0])
     names = {spec: name for name, spec in named.items()}
     outcomes = {names.get(spec, spec): outcome for spec, outcome in evaluation.outcomes.items()}
-    return seed, batch, Evaluation(outcomes, evaluation.clips + numbers[0], evaluation.kinds).dump()
+    return seed, batch, Evaluation(outcomes, evaluation.clips, evaluation.kinds).dump()
 
 
 def _case(options: QualityOptions, number: int) -> Case:
@@ -198,7 +212,7 @@ def _rows(
     for row in evaluation.rows(samples=options.samples):
         spec = row["spec"]
         hits = evaluation.outcomes[spec].hits
-        rival = next((s for s in evaluation.outcomes if s == f"{_RANDOM}:{spec.partition(':')[2]}"), None)
+        rival = next((s for s in evaluation.outcomes if _budget(s) == (_RANDOM, _budget(spec)[1])), None)
         over = None
         if rival is not None and rival != spec:
             against = evaluation.outcomes[rival].hits

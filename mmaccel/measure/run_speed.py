@@ -16,7 +16,7 @@ from mmaccel.errors import MMAccelError
 from mmaccel.measure.devices import device_named, dtype_named
 from mmaccel.measure.flops import count_flops, encoder_flops, paper_prefill_macs, prefill_flops
 from mmaccel.measure.memory import peak_memory
-from mmaccel.measure.rows import append_rows, environment, read_rows
+from mmaccel.measure.rows import append_rows, cpu_name, environment, load, read_rows
 from mmaccel.measure.shapes import record_shapes
 from mmaccel.measure.stages import DENSE, StageTimes, compare, time_per_output_token
 
@@ -47,9 +47,11 @@ class SpeedOptions:
     threads: int = 1
     new_tokens: int = 0
 
-    def key(self, model: str, frames: int) -> str:
-        """Tells apart groups of rows whose results may differ."""
-        relevant = {**asdict(self), "models": model, "frames": frames}
+    def key(self, model: str, frames: int, device: torch.device) -> str:
+        """Tells apart groups of rows whose results may differ; `device` is the one that "auto" turned out to be."""
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        place = {"device": device.type, "gpu": gpu, "cpu": cpu_name()}
+        relevant = {**asdict(self), "models": model, "frames": frames, **place}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -67,7 +69,7 @@ def run(name: str, options: SpeedOptions, out: Path, progress: Callable[[str, in
     try:
         for model_name in options.models:
             held = {row["key"] for row in read_rows(out) if row.get("benchmark") == name}
-            missing = [frames for frames in options.frames if options.key(model_name, frames) not in held]
+            missing = [frames for frames in options.frames if options.key(model_name, frames, device) not in held]
             if not missing:
                 continue
             from mmaccel.tiny.families import build_real
@@ -81,7 +83,7 @@ def run(name: str, options: SpeedOptions, out: Path, progress: Callable[[str, in
             del model
     finally:
         torch.set_num_threads(before)
-    keys = {options.key(model, frames) for model in options.models for frames in options.frames}
+    keys = {options.key(model, frames, device) for model in options.models for frames in options.frames}
     return [row for row in read_rows(out) if row.get("benchmark") == name and row["key"] in keys]
 
 
@@ -115,7 +117,7 @@ def _group(
     frames: int,
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    from mmaccel.tiny.families import real_inputs
+    from mmaccel.tiny.families import REAL, real_inputs
 
     what = f"{model_name}, {frames} frames"
     dtype = next(model.parameters()).dtype
@@ -131,12 +133,16 @@ def _group(
         model, inputs, options.specs, repeats=options.repeats, warmup=0,
         progress=lambda done, _total: progress(what, len(settings) + done, calls),
     )  # fmt: skip
+    machine["machine"]["load_after"] = load()
     common = {
-        "benchmark": name, "key": options.key(model_name, frames), "model": model_name, "weights": "random",
-        "frames": frames, "dtype": options.dtype, "attention": "sdpa", "device": str(model.device), "batch": 1,
-        "layers": len(video_lm(model).layers), "vision_layers": len(video_lm(model).vision_blocks()),
+        "benchmark": name, "key": options.key(model_name, frames, model.device), "model": model_name,
+        "weights": "random", "frames": frames, "dtype": options.dtype, "attention": "sdpa",
+        "device": str(model.device), "batch": 1,
+        "layers": len(video_lm(model).layers), "layers_total": REAL[model_name].layers,
+        "vision_layers": len(video_lm(model).vision_blocks()), "vision_layers_total": REAL[model_name].vision_layers,
         "shortened": bool(options.layers or options.vision_layers), "repeats": options.repeats,
         "shapes": {key: list(value.shape) for key, value in inputs.items()}, "threads": options.threads,
+        "options": asdict(options),
     }  # fmt: skip
     rows = []
     for spec in settings:

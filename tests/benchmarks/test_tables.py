@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from mmaccel.measure import append_rows
+from mmaccel.measure import append_rows, load_scenario, options_of, read_rows
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tables.py"
 spec = importlib.util.spec_from_file_location("benchmark_tables", SCRIPT)
@@ -31,6 +32,7 @@ def quality_row(name, accuracy, flops, seed="all"):
         "benchmark": "video_lm/quality", "spec": name, "seed": seed, "n": 6000, "clips": 1200, "dtype": "float32",
         "accuracy": interval(accuracy), "ratio": interval(accuracy / 0.9), "over_random": rival, "agreement": 0.5,
         "tokens_in": 513.0, "tokens_out": 80.2, "tokens_last": 41.0, "flops": flops, "prefill_flops": flops / 8,
+        "flops_own": 0.0,
         "options": {"seeds": [0, 1, 2], "source": "h264"}, **MACHINE,
     }  # fmt: skip
 
@@ -38,12 +40,14 @@ def quality_row(name, accuracy, flops, seed="all"):
 def speed_row(name, frames, seconds, ratio, **extra):
     stage = {"median": seconds / 2, "low": 1, "high": 1, "n": 5}
     return {
-        "benchmark": "video_lm/speed", "model": "m", "spec": name, "frames": frames, "layers": 4, "vision_layers": 2,
+        "benchmark": "video_lm/speed", "key": f"k{frames}", "model": "m", "spec": name, "frames": frames,
+        "device": "cpu", "layers": 4, "layers_total": 24, "vision_layers": 2, "vision_layers_total": 26,
         "shortened": True, "dtype": "bfloat16", "repeats": 5, "ttft_ratio": ratio, "overhead_of_dense": 0.004,
-        "overhead_of_own": 0.03, "stage_ratio": {"encode": 1.01, "prefill": 0.08}, "tokens_in": 10, "tokens_out": 10,
-        "tokens_last": 10, "flops_counted": {"total": 2.0 * ratio}, "ttft": {"total": stage | {"median": seconds},
-        "stages": {"encode": stage, "prefill": stage}}, **MACHINE, **extra,
-    }  # fmt: skip
+        "overhead_of_own": 0.03, "memory": {"growth": 1_234_000_000, "peak": 2e9, "method": "rss high-water mark"},
+        "stage_ratio": {"encode": 1.01, "prefill": 0.08}, "tokens_in": 10, "tokens_out": 10, "tokens_last": 10,
+        "flops_counted": {"total": 2.0 * ratio},
+        "ttft": {"total": stage | {"median": seconds}, "stages": {"encode": stage, "prefill": stage}}, **MACHINE,
+    } | extra  # fmt: skip
 
 
 def kernel_row(contestant, ratio=None, size="full", device="cpu", **extra):
@@ -79,9 +83,19 @@ def place(tmp_path):
             quality_row("dense", 0.9, 4e9, seed=0),
         ],
     )
-    append_rows(results / "video_lm" / "speed.jsonl", [speed_row("dense", 8, 2, 1), speed_row("dense", 32, 12.5, 1)])
-    append_rows(results / "video_lm" / "speed-other.jsonl", [speed_row("evs:keep=0.1", 32, 6, 0.6)])
-    append_rows(results / "video_lm" / "speed-other.jsonl", [speed_row("evs:keep=0.1", 32, 5, 0.4)])
+    old = {"key": "old", "time": "2025-01-01T00:00:00Z"}
+    append_rows(
+        results / "video_lm" / "speed.jsonl",
+        [
+            speed_row("dense", 8, 2, 1),
+            speed_row("dense", 32, 12.5, 1),
+            speed_row("evs:keep=0.1", 32, 5, 0.4),
+        ],
+    )
+    append_rows(
+        results / "video_lm" / "speed-other.jsonl",
+        [speed_row("dense", 32, 14, 1, **old), speed_row("fastv:keep=0.1", 32, 6, 0.6, **old)],
+    )
     return tmp_path, results
 
 
@@ -118,15 +132,18 @@ def test_the_quality_table(place):
     assert len(cells(tables.table("video_lm/quality/all", place[1]))) == 2 + 5
 
 
-def test_the_speed_table_takes_the_latest_rows_of_the_chosen_length(place):
+def test_the_speed_table_takes_the_newest_run_of_the_chosen_length(place):
     found = tables.table("video_lm/speed", place[1])
-    _, _, *lines = cells(found)
+    heads, _, *lines = cells(found)
+    assert heads[-3] == "peak memory"
     assert lines == [
-        ["m, 32 frames, 4 + 2 layers", "`dense`", "12.50 s", "100.0 %", "6.25 s", "6.25 s", "", "10", "100.0 %"],
-        ["m, 32 frames, 4 + 2 layers", "`evs:keep=0.1`", "5.00 s", "40.0 %", "101.0 %", "8.0 %", "0.40 % / 3.0 %",
-         "10", "40.0 %"],
+        ["m, 32 frames, 4 of 24 + 2 of 26 layers", "`dense`", "12.50 s", "100.0 %", "6.25 s", "6.25 s", "", "1,234 MB",
+         "10", "100.0 %"],
+        ["m, 32 frames, 4 of 24 + 2 of 26 layers", "`evs:keep=0.1`", "5.00 s", "40.0 %", "101.0 %", "8.0 %",
+         "0.40 % / 3.0 %", "1,234 MB", "10", "40.0 %"],
     ]  # fmt: skip
     assert "Random weights" in found
+    assert "vision tower is cut harder" in found
     assert len(cells(tables.table("video_lm/speed/all", place[1]))) == 2 + 3
 
 
@@ -170,6 +187,57 @@ def test_times_have_three_units():
     assert [tables._seconds(value) for value in (2.5, 0.25, 2.5e-4)] == ["2.50 s", "250.0 ms", "250 µs"]
 
 
+def speed_table(*rows):
+    return tables.speed(list(rows), True)
+
+
+def test_a_run_is_compared_with_its_own_dense_rows_only():
+    half = {"key": "h", "dtype": "float16", "repeats": 3, "time": "2026-01-02T00:00:00Z"}
+    found = speed_table(
+        speed_row("dense", 32, 12, 1), speed_row("evs:keep=0.1", 32, 6, 0.5),
+        speed_row("dense", 32, 4, 1, **half), speed_row("evs:keep=0.1", 32, 3, 0.75, **half),
+    )  # fmt: skip
+    first, second = found.split("**Random weights**")[1:]
+    assert "bfloat16" in first.partition("\n")[0]
+    assert "median of 5" in first.partition("\n")[0]
+    assert "float16, SDPA, batch 1, median of 3" in second
+    assert [line[2] for line in cells(found) if line[0].startswith("m,")] == ["12.00 s", "6.00 s", "4.00 s", "3.00 s"]
+
+
+def test_a_newer_run_with_fewer_settings_hides_the_older_one_whole():
+    newer = {"key": "n", "time": "2026-02-01T00:00:00Z"}
+    found = speed_table(
+        speed_row("dense", 32, 3, 1, **newer), speed_row("dense", 32, 12, 1), speed_row("evs:keep=0.1", 32, 6, 0.5)
+    )
+    assert [line[1:3] for line in cells(found)[2:]] == [["`dense`", "3.00 s"]]
+
+
+def test_a_cpu_run_beside_a_gpu_is_no_gpu_run():
+    machine = MACHINE["machine"] | {"gpu": "Test GPU"}
+    found = speed_table(
+        speed_row("dense", 32, 12, 1, machine=machine),
+        speed_row("dense", 32, 1, 1, machine=machine, device="cuda:0", key="g"),
+    )
+    assert found.count("Test GPU") == 1
+    assert found.index("Test CPU") < found.index("Test GPU")
+    assert [line[2] for line in cells(found) if line[0].startswith("m,")] == ["12.00 s", "1.00 s"]
+
+
+def test_whole_models_and_output_tokens():
+    whole = {"shortened": False, "time_per_output_token": {"median": 0.05}}
+    found = speed_table(speed_row("dense", 32, 12, 1, **whole))
+    heads, _, line = cells(found)
+    assert line[0] == "m, 32 frames"
+    assert line[heads.index("output token")] == "50.0 ms"
+    assert "cut harder" not in found
+
+
+def test_the_quality_table_says_whether_own_work_is_counted(place):
+    assert "FLOPs, own scoring included" in tables.table("video_lm/quality", place[1])
+    old = {k: v for k, v in quality_row("dense", 0.9, 4e9).items() if k != "flops_own"}
+    assert "own scoring" not in tables.quality([old], False)
+
+
 def test_no_results_and_no_table(tmp_path):
     assert "mmaccel bench video_lm/speed" in tables.table("video_lm/speed", tmp_path)
     assert "mmaccel bench kernels/speed" in tables.table("kernels", tmp_path)
@@ -182,6 +250,24 @@ def test_the_plots(place):
     assert [path.name for path in paths] == ["quality.png", "prefill.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
     assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+RUNS = sorted((SCRIPT.parent / "results").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_committed_results_are_those_of_the_committed_scenarios(path):
+    newest = {row["benchmark"]: row for row in sorted(read_rows(path), key=lambda row: row["time"])}
+    for name, row in newest.items():
+        scenario = SCRIPT.parent / f"{name}.toml"
+        if not scenario.exists():
+            continue  # made by a script of its own
+        expected = json.loads(json.dumps(options_of(load_scenario(scenario))))
+        stored = row.get("options", {})
+        if stored.keys() != expected.keys():
+            continue  # from before rows stored all options of today; to go with the next run
+        # results do not depend on the number of processes
+        assert stored | {"workers": None} == expected | {"workers": None}
 
 
 def test_the_documents_of_the_repository_are_up_to_date():

@@ -14,6 +14,7 @@ from mmaccel.measure import (
     Case,
     Evaluation,
     bootstrap_difference,
+    count_flops,
     encoder_flops,
     evaluate,
     prefill_flops,
@@ -51,12 +52,11 @@ def found(loaded, cases):
 def test_answers_are_those_of_generate_one_at_a_time(loaded, cases, found, spec):
     model, processor = loaded
     outcome = found.outcomes[spec]
-    # a batch of its own seeds Random anew; the second batch holds the last clip
-    name = spec.replace("random:keep=0.1", "random:keep=0.1;seed=0")
+    name = spec
     told = []
     for number, case in enumerate(cases):
-        if spec.startswith("random"):
-            name = f"random:keep=0.1;seed={number // 2}"
+        if spec.startswith("random"):  # each clip has a draw of its own
+            name = f"random:keep=0.1;seed={number}"
         for text, _, _ in case.questions:
             if spec == "dense":
                 told += answers(model, processor, case.frames, [text])
@@ -88,8 +88,8 @@ def test_the_encoder_runs_once_for_settings_that_treat_it_alike(loaded, cases):
     evaluate(*loaded, cases[:2], ["evs:keep=0.2", "random:keep=0.2", "holitom:keep=0.2", "visionzip:keep=0.2",
                                   "fewer-frames:keep=0.5"])  # fmt: skip
     handle.remove()
-    # dense; no scores; with scores; half of the frames
-    assert calls == [16, 16, 16, 16]
+    # dense; no scores; with scores; half of the frames; and each clip by itself for Random
+    assert calls == [16, 16, 16, 16, 8, 8]
 
 
 def test_costs_are_those_of_a_call(loaded, cases, found):
@@ -105,6 +105,56 @@ def test_costs_are_those_of_a_call(loaded, cases, found):
         assert alone.tokens_in - alone.tokens_last == len_of(processor, text) - shapes.prefill[-1]
         assert alone.prefill_flops == prefill_flops(model, shapes.prefill)
         assert alone.encoder_flops == encoder_flops(model, shapes.vision)
+        with accelerate(model, spec):
+            counted = count_flops(model, inputs_of(model, processor, cases[0].frames, text))
+        assert alone.flops_own == counted["overhead"]
+        assert (alone.flops_own > 0) == spec.startswith(("holitom", "visionzip", "fastv", "fewer-pixels"))
+
+
+def test_costs_of_a_batch_are_those_of_its_questions_one_by_one(loaded, cases, found):
+    # clips have 3, 2 and 2 questions of different lengths, so the batch holds padding and one that is asked twice
+    for spec in ("dense", *SPECS):
+        alone = [
+            evaluate(*loaded, [Case(case.frames, [question])], [] if spec == "dense" else [spec], first_clip=number)
+            for number, case in enumerate(cases)
+            for question in case.questions
+        ]
+        costs = [one.outcomes[spec].cost for one in alone]
+        for name, value in vars(found.outcomes[spec].cost).items():
+            # what is counted in the batch has the padding of the batch
+            tolerance = 0.02 if name == "flops_own" else 1e-12
+            np.testing.assert_allclose(
+                value, np.mean([getattr(c, name) for c in costs], 0), rtol=tolerance, err_msg=name
+            )
+
+
+def test_own_work_in_a_shared_encoder_is_charged_to_all_who_use_it(loaded, cases):
+    specs = ["holitom:keep=0.2", "visionzip:keep=0.2", "visionzip:keep=0.1"]
+    own = [one.cost.flops_own for one in evaluate(*loaded, cases[:2], specs).outcomes.values()]
+    assert own[0] == 0 < min(own[1:])
+    row = evaluate(*loaded, cases[:1], specs[:1]).rows(samples=50)[1]
+    assert row["flops"] == row["encoder_flops"] + row["prefill_flops"] + row["flops_own"]
+
+
+def test_every_clip_has_a_draw_of_its_own(loaded, cases):
+    text = cases[0].questions[:1]
+    same = [Case(cases[0].frames, text)] * 6
+    found = evaluate(*loaded, same, ["random:keep=0.05", "uniform:keep=0.05"], batch=6)
+    assert len(set(found.outcomes["random:keep=0.05"].kl.round(9).tolist())) == 6
+    assert np.ptp(found.outcomes["uniform:keep=0.05"].kl) < 1e-5
+    # neither the batch nor the clips beside it change it, only its number does
+    other = evaluate(*loaded, same[:4], ["random:keep=0.05"], batch=3, first_clip=2)
+    np.testing.assert_allclose(
+        other.outcomes["random:keep=0.05"].kl, found.outcomes["random:keep=0.05"].kl[2:], atol=1e-5
+    )
+    assert other.clips.tolist() == [2, 3, 4, 5]
+
+
+def inputs_of(model, processor, frames, text):
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
+    words = processor.apply_chat_template(chat, add_generation_prompt=True)
+    video = torch.as_tensor(np.asarray(frames)).permute(0, 3, 1, 2)
+    return processor(text=[words], videos=[video], return_tensors="pt").to(model.device)
 
 
 def len_of(processor, text):

@@ -105,3 +105,13 @@ def test_kl_is_its_definition():
         expected.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     np.testing.assert_allclose(kl_to_dense(dense, other), expected, rtol=1e-5)
     assert (kl_to_dense(dense, dense) == 0).all()
+
+
+def test_tokens_that_are_ruled_out_count_nothing():
+    dense, other = torch.randn(3, 6), torch.randn(3, 6)
+    dense[:, 4:], other[:, 4:] = -torch.inf, -torch.inf
+    np.testing.assert_allclose(kl_to_dense(dense, other), kl_to_dense(dense[:, :4], other[:, :4]))
+    other[0, 4] = 1.0
+    assert np.isfinite(kl_to_dense(dense, other)).all()
+    other[1, 0] = -torch.inf
+    assert kl_to_dense(dense, other)[1] == np.inf

@@ -27,6 +27,23 @@ def test_a_cut_off_line_is_left_out_and_swallows_nothing(tmp_path):
     assert read_rows(path) == [{"a": 1}, {"c": 3}]
 
 
+def test_a_whole_last_line_without_its_end_stays(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    append_rows(path, [{"a": 3}])
+    assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize("tail", [b'{"b": "\xc3', b'{"b": 2', b"12"])
+def test_a_torn_last_line_goes(tmp_path, tail):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + tail)
+    assert read_rows(path) == [{"a": 1}]
+    append_rows(path, [{"c": 3}])
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
+
+
 @pytest.mark.parametrize("row", [{"a": float("nan")}, {"a": float("inf")}, {"a": object()}])
 def test_what_json_cannot_say_is_refused_whole(tmp_path, row):
     path = tmp_path / "rows.jsonl"

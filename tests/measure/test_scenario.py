@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmaccel.errors import MMAccelError
-from mmaccel.measure import load_scenario, options_of, read_rows, run_quality, run_scenario, run_speed
+from mmaccel.measure import append_rows, load_scenario, options_of, read_rows, run_quality, run_scenario, run_speed
 from mmaccel.measure.outcome import unpack
 from mmaccel.measure.run_quality import QualityOptions
+from mmaccel.measure.run_speed import SpeedOptions
+from mmaccel.tiny import families
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
-    "methods": ["holitom", "random"], "keeps": [0.15], "clips": 3, "batch": 2, "seeds": [0, 1], "questions": 2,
-    "samples": 100, "workers": 1, "source": "render",
+    "methods": ["holitom", "random"], "keeps": [0.15], "overrides": [], "clips": 3, "batch": 2, "seeds": [0, 1],
+    "questions": 2, "samples": 100, "workers": 1, "source": "render",
 }  # fmt: skip
 
 
@@ -152,6 +155,41 @@ def test_seeds_are_no_part_of_a_name():
     }
 
 
+def test_an_override_takes_the_place_of_its_method_at_its_keep(quality, tmp_path):
+    options = QualityOptions(
+        methods=("holitom", "random"), keeps=(0.25, 0.1), overrides=("holitom:tau=0.65;keep=0.10", "random:keep=0.25")
+    )
+    assert options.specs(1) == {
+        "holitom:keep=0.25": "holitom:keep=0.25",
+        "holitom:tau=0.65;keep=0.10": "holitom:tau=0.65;keep=0.10",
+        "random:keep=0.25": "random:keep=0.25;seed=1",
+        "random:keep=0.1": "random:keep=0.1;seed=1",
+    }
+    assert list(QualityOptions(methods=("evs",), keeps=(0.1,), overrides=options.overrides).specs(0)) == [
+        "evs:keep=0.1"
+    ]
+    with pytest.raises(MMAccelError, match="no method"):
+        run_scenario(quality, tmp_path / "q.jsonl", {**SMALL, "overrides": ["nothing:keep=0.15"]})
+    small = {**SMALL, "clips": 1, "seeds": [0], "overrides": ["holitom:keep=0.15;tau=0.65"]}
+    _, holitom, *_ = run_scenario(quality, tmp_path / "q.jsonl", small)
+    assert holitom["spec"] == "holitom:keep=0.15;tau=0.65"
+    assert holitom["over_random"]["n"] == 2  # compared with Random at its keep, whatever its other knobs
+
+
+def test_the_quality_scenario_takes_the_papers_threshold_at_a_tenth(quality):
+    specs = QualityOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in quality.options.items()}).specs(0)
+    assert [spec for spec in specs if spec.startswith("holitom")] == [
+        "holitom:keep=0.25", "holitom:keep=0.15", "holitom:keep=0.1;tau=0.65",
+    ]  # fmt: skip
+
+
+def test_every_clip_has_a_seed_that_no_batch_changes(quality, tmp_path):
+    few = {**SMALL, "methods": ["random"], "keeps": [0.05], "seeds": [1]}
+    rows = [run_scenario(quality, tmp_path / f"{batch}.jsonl", {**few, "batch": batch}) for batch in (1, 3)]
+    for one, other in zip(*rows, strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"split": "none"}, {"source": "gif"}, {"clips": 0}, {"clips": 10**7}, {"workers": 0}]
 )
@@ -184,9 +222,46 @@ def test_speed_rows(tmp_path, monkeypatch):
     assert fastv["paper_macs"] == sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in (393, 99))
     assert dense["memory"]["growth"] > 0
     assert dense["time_per_output_token"]["n"] == 2
+    assert (dense["layers_total"], dense["vision_layers_total"]) == (24, 26)
+    assert {"load", "load_after"} <= dense["machine"].keys()
+    expected = options_of(scenario) | small
+    assert {name: expected[name] for name in small} == {name: dense["options"][name] for name in small}
+    assert dense["options"].keys() == options_of(scenario).keys()
     assert dense["shapes"]["pixel_values_videos"] == [1, 2, 3, 384, 384]
     monkeypatch.setattr(run_speed, "_group", None)  # nothing is measured twice
     assert run_scenario(scenario, out, small) == rows
+
+
+def test_the_place_is_a_part_of_the_key_of_a_speed_run(monkeypatch):
+    options = SpeedOptions(models=("m",), frames=(8,), specs=())
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    keys = [options.key("m", 8, cpu)]
+    for name in ("GPU A", "GPU B"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
+        keys.append(options.key("m", 8, gpu))
+    assert options.key("m", 8, cpu) == keys[0]
+    monkeypatch.setattr(run_speed, "cpu_name", lambda: "another")
+    keys.append(options.key("m", 8, cpu))
+    assert len(set(keys)) == 4
+
+
+def test_rows_of_another_place_are_not_taken_for_those_of_this_one(tmp_path, monkeypatch):
+    scenario, out = load_scenario(BENCHMARKS / "video_lm" / "speed.toml"), tmp_path / "s.jsonl"
+    options = SpeedOptions(models=("llava-onevision-0.5b",), frames=(2,), specs=())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    append_rows(
+        out, [{"benchmark": scenario.name, "key": options.key("llava-onevision-0.5b", 2, torch.device("cuda"))}]
+    )
+    small = {"models": ["llava-onevision-0.5b"], "frames": [2], "specs": [], "vision_layers": 0, "repeats": 5}
+    assert run_scenario(scenario, out, small) == read_rows(out)
+    monkeypatch.undo()
+    ran = []
+    monkeypatch.setattr(run_speed, "_group", lambda *_: ran.append(1) or [])
+    monkeypatch.setattr(families, "build_real", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_scenario(scenario, out, small) == []
+    assert ran == [1]
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "float7"}, {"repeats": 0}, {"models": ["gpt"]}])
