@@ -12,7 +12,7 @@ from torch import nn
 
 from mmaccel.errors import MMAccelError
 
-__all__ = ["Patcher", "forget_compiled", "refuse_copies", "shared"]
+__all__ = ["Chain", "Patcher", "forget_compiled", "refuse_copies", "shared"]
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class _Layers:
         self.values: list[Any] = []
 
 
-class _Chain:
+class Chain:
     """A callable put over a bound method; calls its wrappers, newest outermost, and the original innermost."""
 
     def __init__(self, original: Callable[..., Any], own: Any) -> None:
@@ -38,6 +38,7 @@ class _Chain:
         self.wrappers: list[Callable[..., Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call through the wrappers."""
         call = self.original
         for wrapper in self.wrappers:
             call = functools.partial(wrapper, call)
@@ -104,8 +105,8 @@ class Patcher:
     def wrap(self, obj: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original, *args, **kwargs)` wherever the method `name` of this one object is called."""
         chain = vars(obj).get(name)
-        if not isinstance(chain, _Chain):
-            chain = _Chain(getattr(obj, name), vars(obj).get(name, _ABSENT))
+        if not isinstance(chain, Chain):
+            chain = Chain(getattr(obj, name), vars(obj).get(name, _ABSENT))
             vars(obj)[name] = chain
         chain.wrappers.append(wrapper)
         reference = weakref.ref(obj)
@@ -166,7 +167,7 @@ def _unshare(obj: Any, kind: type) -> None:
         del vars(obj)[_SHARED]
 
 
-def _unwrap(obj: Any, name: str, chain: _Chain, wrapper: Callable[..., Any]) -> None:
+def _unwrap(obj: Any, name: str, chain: Chain, wrapper: Callable[..., Any]) -> None:
     chain.wrappers.remove(wrapper)
     # Somebody may have wrapped our chain since; an empty chain is a plain call of the original, so it may stay there.
     if obj is None or chain.wrappers or vars(obj).get(name) is not chain:

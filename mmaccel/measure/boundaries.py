@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmaccel.adapters import video_lm
 from mmaccel.adapters.base import get_module
-from mmaccel.core.patching import Patcher
+from mmaccel.core.patching import Chain, Patcher
 from mmaccel.core.probe import _LISTENERS
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Spans:
 
     call: an encoder method such as `get_video_features`. tower: the vision tower inside of it. merger: a projector that
     is a part of the tower. prefill: the language model. own: hooks and listeners of mmaccel. wrapped: what is inside of
-    mmaccel's wrappers of the encoder methods, so that call - wrapped is mmaccel's own as well.
+    mmaccel's wrappers of the encoder methods, so that call - wrapped is mmaccel's own as well. chain, chained: the same
+    for its wrappers of the language model's methods.
     """
 
     def __init__(self, read: Callable[[], Any]) -> None:
@@ -61,6 +62,7 @@ def split(totals: dict[str, float], whole: float) -> tuple[dict[str, float], flo
     own = totals.get("own", 0)
     if "wrapped" in totals:
         own += totals["call"] - totals["wrapped"]
+    own += totals.get("chain", 0) - totals.get("chained", 0)
     return stages, own
 
 
@@ -131,9 +133,34 @@ def _watch_own(patcher: Patcher, spans: Spans, site: Any) -> None:
             for key, hook in hooks.items():
                 if getattr(hook, "__module__", "").startswith("mmaccel."):
                     _swap(patcher, hooks, key, spans.metered("own", hook))
+        if module is site.language_model:
+            for value in list(vars(module).values()):
+                if isinstance(value, Chain):
+                    _watch_chain(patcher, spans, value)
         listeners = vars(getattr(module, "config", spans)).get(_LISTENERS, [])
         for index, listener in enumerate(listeners):
             _swap(patcher, listeners, index, spans.metered("own", listener))
+
+
+def _watch_chain(patcher: Patcher, spans: Spans, chain: Chain) -> None:
+    depth = 0
+
+    def outermost(call: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            # a wrapped method may call itself
+            return (spans.metered("chain", call) if depth == 1 else call)(*args, **kwargs)
+        finally:
+            depth -= 1
+
+    def innermost(call: Any, *args: Any, **kwargs: Any) -> Any:
+        return (spans.metered("chained", call) if depth == 1 else call)(*args, **kwargs)
+
+    chain.wrappers.insert(0, innermost)
+    chain.wrappers.append(outermost)
+    patcher.on_undo(lambda: chain.wrappers.remove(innermost))
+    patcher.on_undo(lambda: chain.wrappers.remove(outermost))
 
 
 def _swap(patcher: Patcher, container: Any, key: Any, value: Any) -> None:
