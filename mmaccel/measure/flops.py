@@ -28,13 +28,23 @@ def _attention_received(q: Any, k: Any, rows: Any, *_: Any, **__: Any) -> int:
     return 2 * B * H * (Sq if rows is None else rows[1]) * k[2] * D
 
 
+def _pairwise_match(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    B, N, D = a
+    return 2 * B * N * b[1] * D
+
+
+def _greedy_diverse(x: Any, *_: Any, **__: Any) -> int:
+    B, N, D = x
+    return 2 * B * N * N * D
+
+
 def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Count the FLOPs of one call to the first token: encode, project, prefill, rest, their total, and overhead.
 
-    A multiply-accumulate counts 2. Counted are matrix products, convolutions, fused attention (also on a CPU) and
-    mmaccel's attention-received op; "overhead" is what mmaccel does of this, contained in the stages. Not
-    counted are norms, activations, softmax, sorting and gathering. Attention counts as a whole square, also where it
-    is causal.
+    A multiply-accumulate counts 2. Counted are matrix products, convolutions, fused attention (also on a CPU) and the
+    similarities, each once, of mmaccel's attention-received, pairwise-match and greedy-diverse ops; "overhead" is what
+    mmaccel does of this, contained in the stages. Not counted are norms, activations, softmax, sorting and gathering.
+    Attention counts as a whole square, also where it is causal.
 
     Raises:
         AdapterError: the model is no vision-language model that has an adapter.
@@ -78,9 +88,17 @@ def own_flops(model: Any) -> Iterator[OwnFlops]:
 
 
 def _counter() -> FlopCounterMode:
-    import mmaccel.kernels.attention_received  # noqa: F401 - registers the op
+    import mmaccel.kernels.attention_received
+    import mmaccel.kernels.greedy_diverse
+    import mmaccel.kernels.pairwise_match  # noqa: F401 - registers the op, as those above do
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.mmaccel.attention_received: _attention_received})
+    ours = torch.ops.mmaccel
+    mapping = {
+        ours.attention_received: _attention_received,
+        ours.pairwise_match: _pairwise_match,
+        ours.greedy_diverse: _greedy_diverse,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def paper_prefill_macs(tokens: Sequence[float], width: int, inner: int) -> float:

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 
 from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.kernels.pairwise_match import pairwise_match
 from mmaccel.kernels.scatter_merge import scatter_merge, unmerge
 from mmaccel.tokens.place import Mix, Reduction
-from mmaccel.tokens.select import best_partner, exact_counts, indices_of, mask_of
+from mmaccel.tokens.select import exact_counts, indices_of, mask_of
 
 __all__ = [
     "Merge",
@@ -112,7 +113,7 @@ def nearest_centre(
     False, or an item has no centre, the assignment is -1.
     """
     _fits(x, centres, "centres")
-    assignment, similarity = best_partner(x, drop(x, centres), mask=centres >= 0, metric=metric)
+    assignment, similarity = pairwise_match(x, drop(x, centres), mask=centres >= 0, metric=metric)
     if mask is not None:
         assignment, similarity = assignment.masked_fill(~mask, -1), similarity.masked_fill(~mask, 0)
     _comparable(similarity)
@@ -189,7 +190,7 @@ def bipartite(
     else:
         sources, receivers = free & ~destinations, valid & destinations
     receivers_at, sources_at = indices_of(receivers), indices_of(sources)
-    partner, similarity = best_partner(drop(metric, sources_at), drop(metric, receivers_at), mask=receivers_at >= 0)
+    partner, similarity = pairwise_match(drop(metric, sources_at), drop(metric, receivers_at), mask=receivers_at >= 0)
     similarity = similarity.masked_fill(sources_at < 0, -torch.inf)
     _comparable(similarity)
     counts = exact_counts(r, similarity > -torch.inf)

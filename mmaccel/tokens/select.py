@@ -7,14 +7,13 @@ nearest number; NaN is a NonFiniteError.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from mmaccel.errors import MethodError, NonFiniteError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from mmaccel.kernels.greedy_diverse import greedy_diverse
+from mmaccel.kernels.pairwise_match import pairwise_match
 
 __all__ = [
     "best_partner",
@@ -31,9 +30,6 @@ __all__ = [
     "top_k",
     "top_k_mask",
 ]
-
-# Largest matrix of similarities (elements) that is held at once.
-_BLOCK = 1 << 24
 
 
 def indices_of(mask: torch.Tensor) -> torch.Tensor:
@@ -111,38 +107,9 @@ def best_partner(
 
     a (B, N, D), b (B, M, D), mask (B, M) the rows of b that may be chosen. The similarity is the cosine, or minus the
     euclidean distance. Both results are (B, N), int64 and float32; -1 and -inf where b has no valid row. `exclude_self`
-    forbids equal row numbers. Works in blocks of rows, never on the full matrix of many tokens.
+    forbids equal row numbers. Never holds the full matrix of many tokens.
     """
-    B, N, M = a.shape[0], a.shape[1], b.shape[1]
-    index = torch.full((B, N), -1, dtype=torch.int64, device=a.device)
-    value = torch.full((B, N), -torch.inf, device=a.device)
-    if 0 in (B, N, M):
-        return index, value
-    a, b = _wide(a), _wide(b)
-    if metric == "cosine":
-        a, b, half = _unit(a), _unit(b), None
-    elif metric == "euclidean":
-        # Distances do not change when everything is shifted, and small numbers lose fewer digits.
-        centre = b.mean(1, keepdim=True).nan_to_num()
-        a, b = a - centre, b - centre
-        half = (b * b).sum(-1)[:, None] / 2
-    else:
-        raise MethodError(f"metric={metric!r} is not known; choose cosine or euclidean")
-    step = max(1, _BLOCK // (B * M))
-    for start in range(0, N, step):
-        block = a[:, start : start + step] @ b.mT
-        if half is not None:
-            block -= half
-        if mask is not None:
-            block.masked_fill_(~mask[:, None], -torch.inf)
-        if exclude_self:
-            block.diagonal(start, 1, 2).fill_(-torch.inf)
-        index[:, start : start + step] = block.argmax(-1)
-        value[:, start : start + step] = block.amax(-1)
-    if half is not None:
-        nearest = b.gather(1, index[..., None].expand(-1, -1, b.shape[-1]))
-        value = torch.where(value == -torch.inf, value, -torch.linalg.vector_norm(a - nearest, dim=-1).float())
-    return index.masked_fill(value == -torch.inf, -1), value
+    return pairwise_match(a, b, mask=mask, metric=metric, exclude_self=exclude_self)
 
 
 def farthest_point(x: torch.Tensor, k: int | torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -151,10 +118,7 @@ def farthest_point(x: torch.Tensor, k: int | torch.Tensor, *, mask: torch.Tensor
     Distance is 1 - cosine; the first is the token whose nearest neighbour is farthest. Max-min diversity as in DivPrune
     ("Diversity-based Visual Token Pruning for Large Multimodal Models", 2025).
     """
-    eligible = _valid(x, mask)
-    unit = _unit(_wide(x))
-    alone = best_partner(x, x, mask=eligible, exclude_self=True)[1]
-    return _greedy(-alone, unit, k, eligible, lambda nearest: -nearest)
+    return _chosen(_floating(x), k, _valid(x, mask), "farthest")
 
 
 def mmr(
@@ -178,8 +142,8 @@ def mmr(
     eligible = _valid(x, _eligible(scores))
     if bool((scores == torch.inf).any()):
         raise NonFiniteError("scores that are weighed against similarities must be finite; got inf")
-    relevance = balance * scores.masked_fill(~eligible, 0)
-    return _greedy(scores, _unit(_wide(x)), k, eligible, lambda nearest: relevance - (1 - balance) * nearest, per_round)
+    scores = _floating(scores)
+    return _chosen(_floating(x), k, eligible, "mmr", scores=scores, balance=balance, per_round=per_round)
 
 
 def dpp(
@@ -199,35 +163,11 @@ def dpp(
     if scores is not None:
         mask = _eligible(scores) if mask is None else _eligible(scores) & mask
     eligible = _valid(x, mask)
-    unit = _unit(_wide(x))
-    # A square taken from the rounded unit vector would make equal tokens differ in the last bit.
-    quality = unit.any(-1).to(unit.dtype)
     if scores is not None:
         if bool(((scores < 0) & eligible).any()) or bool((scores == torch.inf).any()):
             raise MethodError("the qualities of a determinantal process must be finite and not negative")
-        quality = quality * scores.masked_fill(~eligible, 0)
-        unit = unit * quality[..., None]
-    counts = exact_counts(k, eligible)
-    B, N, _ = unit.shape
-    K = _largest(counts)
-    columns = _columns(unit)
-    volume = quality * quality
-    floor = 1e-5 * volume
-    factor = unit.new_zeros(B, K, N)
-    picks = torch.empty(B, K, dtype=torch.int64, device=x.device)
-    taken = ~eligible
-    for step in range(K):
-        pick = volume.masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
-        picks[:, step : step + 1] = pick
-        taken.scatter_(1, pick, True)
-        left = volume.gather(1, pick)
-        before = factor[:, :step].gather(2, pick[:, None].expand(-1, step, 1))
-        row = columns(pick)[..., 0] - (factor[:, :step] * before).sum(1)
-        row = torch.where(left > 0, row / left.clamp_min(torch.finfo(unit.dtype).tiny).sqrt(), 0)
-        factor[:, step] = row
-        volume = volume - row * row
-        volume = volume.masked_fill(volume <= floor, 0)
-    return _ascending(picks, counts)
+        scores = _floating(scores)
+    return _chosen(_floating(x), k, eligible, "dpp", scores=scores)
 
 
 def density_peaks(
@@ -279,48 +219,36 @@ def _squared_distances(x: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     return torch.minimum(squared, squared.mT)
 
 
-def _greedy(
-    first: torch.Tensor,
-    unit: torch.Tensor,
+def _chosen(
+    x: torch.Tensor,
     k: int | torch.Tensor,
     eligible: torch.Tensor,
-    value: Callable[[torch.Tensor], torch.Tensor],
+    method: Literal["mmr", "dpp", "farthest"],
+    *,
+    scores: torch.Tensor | None = None,
+    balance: float = 0.5,
     per_round: int = 1,
 ) -> torch.Tensor:
-    """Pick by `first`, then by `value(largest cosine with a picked token)`."""
     counts = exact_counts(k, eligible)
-    columns = _columns(unit)
-    picked, taken = [], ~eligible
-    nearest = unit.new_full(unit.shape[:2], -torch.inf)
-    for start in range(0, _largest(counts), per_round):
-        worth = (first if start == 0 else value(nearest)).masked_fill(taken, -torch.inf)
-        if per_round == 1:
-            best = worth.argmax(1, keepdim=True)
-        else:
-            best = worth.sort(dim=1, descending=True, stable=True).indices[:, :per_round]
-        picked.append(best)
-        taken = taken.scatter(1, best, True)
-        nearest = torch.maximum(nearest, columns(best).amax(-1))
-    if not picked:
-        return torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
-    return _ascending(torch.cat(picked, 1)[:, : _largest(counts)], counts)
-
-
-def _columns(unit: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function from picks (B, P) to the columns (B, N, P) of the Gram matrix, held whole where it is small."""
-    B, N, D = unit.shape
-    if B * N * N <= _BLOCK:
-        gram = unit @ unit.mT
-        return lambda picks: gram.gather(1, picks[..., None].expand(-1, -1, N)).mT
-    return lambda picks: unit @ unit.gather(1, picks[..., None].expand(-1, -1, D)).mT
+    picks, _ = greedy_diverse(
+        x,
+        counts,
+        method=method,
+        scores=scores,
+        mask=eligible,
+        balance=balance,
+        per_round=per_round,
+        limit=_largest(counts),
+    )
+    return _ascending(picks, counts)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(x, dim=-1)
+def _floating(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_floating_point() else x.float()
 
 
 def _eligible(scores: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.kernels.greedy_diverse import reference as greedy
+from mmaccel.kernels.pairwise_match import cpu as matching
 from mmaccel.tokens import select
 
 INF = math.inf
@@ -131,7 +133,7 @@ def cosine(a, b):
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("block", [1, 10, 1 << 24])
 def test_best_partner(monkeypatch, metric, block):
-    monkeypatch.setattr(select, "_BLOCK", block)
+    monkeypatch.setattr(matching, "_BLOCK", block)
     a, b = features(2, 5, 3) + 4, features(2, 4, 3, seed=1) + 4
     mask = torch.tensor([[True, False, True, True], [False] * 4])
     index, value = select.best_partner(a, b, mask=mask, metric=metric)
@@ -171,7 +173,7 @@ COUNTS = torch.tensor([6, 3])
 
 @pytest.mark.parametrize("block", [1, 1 << 24])
 def test_farthest_point(monkeypatch, block):
-    monkeypatch.setattr(select, "_BLOCK", block)
+    monkeypatch.setattr(greedy, "_BLOCK", block)
     x = features(2, 8, 3)
     expected = []
     for b, k in enumerate(COUNTS.tolist()):
@@ -188,7 +190,7 @@ def test_farthest_point(monkeypatch, block):
 @pytest.mark.parametrize("block", [1, 1 << 24])
 @pytest.mark.parametrize("balance", [0.0, 0.3, 0.5, 1.0])
 def test_mmr(monkeypatch, balance, block):
-    monkeypatch.setattr(select, "_BLOCK", block)
+    monkeypatch.setattr(greedy, "_BLOCK", block)
     x, scores = features(2, 8, 3), torch.rand(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scores = scores.masked_fill(~MASK, -INF)
     expected = []
@@ -231,7 +233,7 @@ def greedy_determinant(kernel, eligible, k):
 @pytest.mark.parametrize("block", [1, 1 << 24])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_dpp_is_greedy_in_the_determinant(monkeypatch, weighted, block):
-    monkeypatch.setattr(select, "_BLOCK", block)
+    monkeypatch.setattr(greedy, "_BLOCK", block)
     x = features(2, 8, 10)
     quality = torch.rand(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
     unit = x / x.norm(dim=-1, keepdim=True) * (quality[..., None] if weighted else 1)
