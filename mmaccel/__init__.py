@@ -31,12 +31,16 @@ _LAZY = {
     "Method": "mmaccel.method",
 }
 
+_MODULES = ("codecs", "kernels", "measure", "tiny", "tokens")
+
 __all__ = ["Handle", "MMAccelError", "Method", "__version__", "accelerate", "explain", "load_video", "methods"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return import_module(f"mmaccel.{name}")
     if name[:1].isupper():
         for cls in import_module("mmaccel.method").registry().values():
             if cls.__name__ == name:
@@ -46,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     known = import_module("mmaccel.method").registry().values()
-    return sorted([*__all__, *(cls.__name__ for cls in known)])
+    return sorted([*__all__, *_MODULES, *(cls.__name__ for cls in known)])

@@ -56,6 +56,24 @@ def test_public_names_are_there(name):
     assert name in dir(mmaccel)
 
 
+def test_subpackages_come_with_the_package():
+    code = """
+    import mmaccel
+    assert callable(mmaccel.tiny.video_qa) and callable(mmaccel.measure.compare)
+    assert "tiny" in dir(mmaccel)
+    """
+    assert "diffusers" not in loaded_after(code)
+
+
+def test_ops_on_a_cpu_do_not_load_triton():
+    code = """
+    import torch
+    from mmaccel.kernels.attention_received import attention_received
+    attention_received(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
+    """
+    assert "triton" not in loaded_after("import os; os.environ.pop('TRITON_INTERPRET', None)\n" + textwrap.dedent(code))
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     import mmaccel
 
