@@ -57,12 +57,17 @@ def split(
     """
     if weights.ndim not in (1, 2):
         raise MethodError(f"weights must be (G,) or (B, G); got {tuple(weights.shape)}")
-    rows = weights.detach().to("cpu", torch.float64).reshape(-1, weights.shape[-1])
+    rows = weights.detach().to("cpu", torch.float64).reshape(1 if weights.ndim == 1 else len(weights), -1)
     if not bool((rows.isfinite() & (rows >= 0)).all()):
         raise MethodError("weights to split a budget by must be finite and not negative")
+    if rows.numel():  # shares depend on ratios alone, and sums of the largest floats overflow
+        rows = rows / rows.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
     def bounds(value: int | torch.Tensor) -> list[list[int]]:
-        whole = torch.as_tensor(value).to("cpu", torch.int64)
+        whole = torch.as_tensor(value)
+        if whole.is_floating_point():
+            raise MethodError(f"floors and capacities are whole numbers of tokens; got {value!r}")
+        whole = whole.to("cpu", torch.int64)
         return whole.broadcast_to(weights.shape).reshape(rows.shape).tolist()
 
     totals = _totals(budget, len(rows))

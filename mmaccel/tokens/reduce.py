@@ -114,9 +114,15 @@ def nearest_centre(
     """
     _fits(x, centres, "centres")
     assignment, similarity = pairwise_match(x, drop(x, centres), mask=centres >= 0, metric=metric)
+    there = (centres >= 0).any(1)[:, None]
     if mask is not None:
-        assignment, similarity = assignment.masked_fill(~mask, -1), similarity.masked_fill(~mask, 0)
-    _comparable(similarity)
+        assignment, similarity, there = (
+            assignment.masked_fill(~mask, -1),
+            similarity.masked_fill(~mask, 0),
+            there & mask,
+        )
+    # a token without a nearest centre is so large that its distances overflow
+    _comparable(similarity.masked_fill((assignment < 0) & there, torch.nan))
     B, K = centres.shape
     own = torch.arange(K, device=x.device).expand(B, K)
     padded = torch.cat([assignment, assignment.new_full((B, 1), -1)], 1)
@@ -214,6 +220,8 @@ def _mean(kept: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor | Non
     ones = torch.ones(assignment.shape, dtype=torch.float32, device=assignment.device)
     if size is not None and size.shape != assignment.shape:
         raise MethodError(f"the sizes must be {tuple(assignment.shape)}; got {tuple(size.shape)}")
+    if size is not None and bool(((size <= 0) & (assignment >= 0)).any()):
+        raise MethodError("a token holds at least one original token; sizes must be above 0")
     weight = (ones if size is None else size.float()).masked_fill(assignment < 0, 0)
     sizes = weight.new_zeros(B * (K + 1)).index_add_(0, _flat(assignment, K), weight.flatten()).view(B, K + 1)
     total = sizes.gather(1, assignment.masked_fill(assignment < 0, K))
@@ -232,7 +240,10 @@ def _flat(assignment: torch.Tensor, K: int) -> torch.Tensor:
 
 def _comparable(similarity: torch.Tensor) -> None:
     if bool(similarity.isnan().any()):
-        raise NonFiniteError("the features to merge by hold NaN or infinity; look for the module that produced them")
+        raise NonFiniteError(
+            "the features to merge by hold NaN or infinity, or numbers whose products overflow; look for the module "
+            "that produced them"
+        )
 
 
 def _fits(x: torch.Tensor, index: torch.Tensor, name: str, same: bool = False) -> None:

@@ -218,6 +218,7 @@ def test_wrong_arguments():
         {"queries": "last"},
         {"queries": (3, 3)},
         {"queries": (0, 6)},
+        {"queries": (1, 2, 3)},
         {"queries": torch.tensor([5])},
         {"queries": torch.tensor([-6])},
         {"queries": torch.tensor([0.0])},

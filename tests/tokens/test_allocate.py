@@ -136,3 +136,12 @@ def test_a_number_that_cannot_be_kept_names_the_nearest(keep, nearest):
 def test_what_is_no_budget(keep):
     with pytest.raises(MethodError):
         resolve_keep(keep, 7)
+
+
+def test_no_groups_huge_weights_and_bounds_that_are_no_whole_numbers():
+    assert split(0, torch.ones(0)).tolist() == []
+    assert split([0, 0], torch.ones(2, 0)).shape == (2, 0)
+    assert split(5, torch.tensor([1e308, 1e308, 1e-308], dtype=torch.float64)).tolist() == [3, 2, 0]
+    for bound in ({"floor": torch.tensor([0, 1.7])}, {"capacity": 1.9}):
+        with pytest.raises(MethodError, match="whole numbers"):
+            split(2, torch.ones(2), **bound)

@@ -303,3 +303,17 @@ def test_wrong_assignments():
     for arguments in wrong:
         with pytest.raises(MethodError):
             merge_by_assignment(*arguments)
+
+
+def test_features_whose_distances_overflow_are_refused():
+    x = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0)) * 1e30
+    with pytest.raises(NonFiniteError, match="overflow"):
+        nearest_centre(x, torch.tensor([[0, 1]]))
+    assert nearest_centre(x * 1e-30, torch.tensor([[0, 1]])).min() >= 0
+
+
+def test_sizes_are_above_zero():
+    assignment = torch.tensor([[0, 0, -1]])
+    merge_by_assignment(assignment, 1, torch.tensor([[1.0, 2.0, 0.0]]))
+    with pytest.raises(MethodError, match="above 0"):
+        merge_by_assignment(assignment, 1, torch.tensor([[1.0, 0.0, 1.0]]))

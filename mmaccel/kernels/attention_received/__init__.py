@@ -115,6 +115,8 @@ def _rows(
             raise MethodError(f"queries holds row numbers outside [{-Sq}, {Sq}): {queries.tolist()}")
         index = torch.where(index < 0, index + Sq, index).expand(B, -1)
     elif isinstance(queries, tuple):
+        if len(queries) != 2:
+            raise MethodError(f"a span of queries is (start, stop); got {queries}; give several rows as a tensor")
         start, stop = queries
         if not 0 <= start < stop <= Sq:
             raise MethodError(f"the span of queries {queries} must lie in the {Sq} query rows and hold at least one")
