@@ -23,6 +23,9 @@ __all__ = ["Interpolation", "Video", "VideoWarning", "load_video"]
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
 
+_MOST_THREADS = 256
+
+
 class VideoWarning(UserWarning):
     """A video was read, but part of it was damaged or missing."""
 
@@ -119,34 +122,35 @@ def load_video(
     asked = None if indices is None else as_numbers(indices)
     target_size(1, 1, size)
     workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
-    if workers < 1:
-        raise VideoError(f"threads must be at least 1, got {workers}")
+    if not 1 <= workers <= _MOST_THREADS:
+        raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
     source = Source(src)
     table = scan(source)
 
     for seek in (True, False) if table.exact else ():
         wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name)
-        canvas = Canvas(wanted, size, interpolation)
+        canvas = Canvas(wanted, size, interpolation, table.exif)
         try:
             decoded = decode_slots(source, table, canvas, workers, seek)
         except FrameMismatchError:
             continue
-        total, times, lost, replaced = len(table.pts), table.pts, table.cut, ()
+        total, times, lost, replaced, everything = len(table.pts), table.pts, table.cut, (), len(table.pts) + table.cut
         break
     else:
         found = survey(source, table)
         total, times, lost = found.total, found.times, found.lost + table.cut
+        everything = total + found.unplaced + table.cut
         wanted = frame_indices(total, frames, asked, on_short, source.name)
         shown = found.nearest(wanted)
-        canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation)
+        canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation, table.exif)
         decoded = found.decoded + decode_in_order(source, canvas)
-        replaced = tuple(sorted(set(wanted[shown != wanted].tolist())))
+        replaced = tuple(sorted(set(wanted[shown != wanted].tolist()) - found.held))
 
     seconds, fps, duration = _clock(total, times, table)
     if lost:
         instead = f"; {len(replaced)} of the wanted ones show a neighbour instead" if replaced else ""
         warnings.warn(
-            f"{source.name}: {lost} of {total + table.cut} frames are lost, damaged or cut off{instead}",
+            f"{source.name}: {lost} of {everything} frames are lost, damaged or cut off{instead}",
             VideoWarning,
             stacklevel=2,
         )
