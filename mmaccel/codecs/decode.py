@@ -245,8 +245,19 @@ def survey(source: Source, table: PacketTable) -> Survey:
         places = {place: place for place in clean}
         found = Survey(len(arrived), times, places, frozenset(), lost, len(errors), len(arrived))
     if not found.number:
-        raise VideoError(f"no frame of {source.name} can be decoded; is it complete, and undamaged?")
+        raise VideoError(f"no frame of {source.name} can be decoded; {_advice(source, table, bool(arrived))}")
     return found
+
+
+def _advice(source: Source, table: PacketTable, decoded: bool) -> str:
+    if table.codec == "webp":
+        return "FFmpeg reads still WebP pictures only, so convert an animation to GIF or to a video"
+    if source.remote and not decoded:
+        return (
+            "is it complete? A server without range requests cannot give a file whose index is at its end: download "
+            "the file, or move the index to the front (ffmpeg -c copy -movflags +faststart)"
+        )
+    return "is it complete, and undamaged?"
 
 
 def _held(table: PacketTable, number: dict[int, int], interlaced: set[int | None]) -> frozenset[int]:

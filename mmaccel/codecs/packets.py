@@ -56,6 +56,9 @@ class Source:
             self.name = self._url = src
         elif isinstance(src, (str, os.PathLike)):
             self.name = os.fspath(src)
+            # A URL without an authority is a path with a prefix, unless a file is really called that.
+            if isinstance(self.name, str) and self.name.startswith("file:") and not os.path.lexists(self.name):
+                self.name = self.name.removeprefix("file:")
             if not self.name:
                 raise VideoError("the path of the video is empty")
             self._url = f"file:{_readable(self.name)}"
@@ -85,6 +88,11 @@ class Source:
         except (OSError, TypeError) as error:
             raise VideoError(f"{self.name} cannot be read from ({error}); pass a binary file open for reading") from error
 
+    @property
+    def remote(self) -> bool:
+        """Whether it is read through a URL."""
+        return "://" in self._url
+
     @contextmanager
     def open(self, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
         """Open the container and its video stream at the start; FFmpeg's errors inside the block become VideoError."""
@@ -96,7 +104,7 @@ class Source:
             target = self._file
         try:
             # A file with names in a legacy encoding is still a video, and a server that stops answering is an error.
-            timeout = 30.0 if "://" in self._url else None
+            timeout = 30.0 if self.remote else None
             # The name of a picture is a name, not a pattern that stands for a series of them.
             options = {"pattern_type": "none"}
             with av.open(target, "r", metadata_errors="replace", timeout=timeout, options=options) as container:

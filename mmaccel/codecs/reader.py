@@ -128,7 +128,7 @@ def load_video(
     table = scan(source)
 
     for seek in (True, False) if table.exact else ():
-        wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name)
+        wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name, table.cut)
         canvas = Canvas(wanted, size, interpolation, table.exif)
         try:
             decoded = decode_slots(source, table, canvas, workers, seek)
@@ -140,7 +140,7 @@ def load_video(
         found = survey(source, table)
         total, times, lost = found.total, found.times, found.lost + table.cut
         everything = total + found.unplaced + table.cut
-        wanted = frame_indices(total, frames, asked, on_short, source.name)
+        wanted = frame_indices(total, frames, asked, on_short, source.name, table.cut)
         shown = found.nearest(wanted)
         canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation, table.exif)
         decoded = found.decoded + decode_in_order(source, canvas)

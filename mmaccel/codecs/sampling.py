@@ -52,7 +52,12 @@ def _countable(count: int, what: str) -> None:
 
 
 def frame_indices(
-    total: int, frames: int | None, indices: list[int] | None, on_short: OnShort = "error", name: str = "the video"
+    total: int,
+    frames: int | None,
+    indices: list[int] | None,
+    on_short: OnShort = "error",
+    name: str = "the video",
+    cut: int = 0,
 ) -> np.ndarray:
     """Turn a request for frames of a video that has `total` of them into frame numbers, int64 [N].
 
@@ -61,21 +66,23 @@ def frame_indices(
     order and duplicates kept, negative ones counted from the end.
 
     Raises VideoError for fewer than one frame, an index outside the video, or more frames than there are; `on_short`
-    changes the last one: "all" takes every frame once, "repeat" repeats frames evenly until there are N.
+    changes the last one: "all" takes every frame once, "repeat" repeats frames evenly until there are N. `cut`, the
+    number of frames that the file announces but ends before, is for the message.
     """
     if on_short not in ("error", "all", "repeat"):
         raise VideoError(f'on_short must be "error", "all" or "repeat", not {on_short!r}')
+    early = f" (it ends early: {cut} more are announced)" if cut else ""
     if indices is not None:
         for index in indices:
             if not -total <= index < total:
-                raise VideoError(f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}")
+                raise VideoError(f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}")
         return np.array([index % total for index in indices], dtype=np.int64)
     count = whole_number(frames, "frames")
     if count < 1:
         raise VideoError(f"frames must be at least 1, got {count}")
     if count > total and on_short == "error":
         raise VideoError(
-            f"{name} has {total} frame(s), {count} were asked for; ask for at most {total}, "
+            f"{name} has {total} frame(s){early}, {count} were asked for; ask for at most {total}, "
             'or pass on_short="all" (each frame once) or on_short="repeat" (frames repeated)'
         )
     if on_short == "all":
