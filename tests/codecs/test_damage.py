@@ -39,7 +39,7 @@ def without(source: Path, target: Path, drop: Callable[[int, av.Packet], bool]) 
     """A stream copy that leaves packets out, counted in decoding order."""
     with av.open(str(source)) as given, av.open(str(target), "w") as copy:
         stream = given.streams.video[0]
-        out = copy.add_stream_from_template(stream)
+        out = copy.add_stream_from_template(stream, opaque=True)
         for number, packet in enumerate(given.demux(stream)):
             if packet.size and not drop(number, packet):
                 packet.stream = out
