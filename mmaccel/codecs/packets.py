@@ -86,7 +86,9 @@ class Source:
         except io.UnsupportedOperation as error:
             raise VideoError(f'{self.name} cannot be read from ({error}); open it with mode "rb"') from error
         except (OSError, TypeError) as error:
-            raise VideoError(f"{self.name} cannot be read from ({error}); pass a binary file open for reading") from error
+            raise VideoError(
+                f"{self.name} cannot be read from ({error}); pass a binary file open for reading"
+            ) from error
 
     @property
     def remote(self) -> bool:

@@ -75,7 +75,9 @@ def frame_indices(
     if indices is not None:
         for index in indices:
             if not -total <= index < total:
-                raise VideoError(f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}")
+                raise VideoError(
+                    f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}"
+                )
         return np.array([index % total for index in indices], dtype=np.int64)
     count = whole_number(frames, "frames")
     if count < 1:

@@ -81,9 +81,7 @@ def test_one_numbering_whatever_is_asked_for(
 
 
 @pytest.mark.parametrize("name", ["h264", "hevc", "mpeg2", "mpeg4", "vp9"])
-def test_a_clip_that_starts_inside_a_group_of_pictures(
-    short: Callable[[str], Path], tmp_path: Path, name: str
-) -> None:
+def test_a_clip_that_starts_inside_a_group_of_pictures(short: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     path = without(short(name), tmp_path / "cut.mkv", LOSSES["head"])
     table = scan(Source(path))
     assert table.exact
@@ -142,9 +140,10 @@ def test_a_torn_packet_spoils_one_frame_and_moves_no_other(clip: Clip, tmp_path:
     (spoilt,) = video.replaced
     assert spoilt < 60
     numbers = [number_in(image) for image in video.numpy()]
-    assert numbers[:spoilt] + numbers[spoilt + 1 :] == [*range(60), *range(60)][:spoilt] + [*range(60), *range(60)][
-        spoilt + 1 :
-    ]
+    assert (
+        numbers[:spoilt] + numbers[spoilt + 1 :]
+        == [*range(60), *range(60)][:spoilt] + [*range(60), *range(60)][spoilt + 1 :]
+    )
 
 
 def test_alternate_references_in_packets_of_their_own_are_no_frames(clip: Clip, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_the_same_picture_again_is_not_lost(tmp_path: Path) -> None:
                 again.pts, again.dts, again.time_base, again.duration = (
                     packet.pts, packet.dts, packet.time_base, packet.duration,
                 )  # fmt: skip
-                packet = again  # noqa: PLW2901
+                packet = again
             packet.stream = out
             copy.mux(packet)
     with warnings.catch_warnings():
