@@ -135,9 +135,10 @@ def _decoded(packets: Iterator[Packet], stream: VideoStream, errors: list[str]) 
                 continue
             founded |= frame.key_frame
             # Pictures of joined streams may share a time; a torn packet spoils one of them.
-            spoilt = frame.pts is not None and torn[frame.pts] > 0
-            if spoilt:
+            spoilt = False
+            if frame.pts is not None and torn[frame.pts] > 0:
                 torn[frame.pts] -= 1
+                spoilt = True
             yield frame, founded and not spoilt and not frame.is_corrupt
         if packet is None:
             return
@@ -235,7 +236,7 @@ def survey(source: Source, table: PacketTable) -> Survey:
     clean = [place for place, (_, ok) in enumerate(arrived) if ok]
     if table.exact:
         number = {table.slots[pts]: place for place in clean if (pts := arrived[place][0]) in table.slots}
-        held = _held(table, number, interlaced)
+        held = _held(table, number, set() if errors else interlaced)
         lost = len(table.pts) - len(number) - len(held)
         found = Survey(len(table.pts), table.pts, number, held, lost, 0, len(arrived))
     else:
@@ -251,7 +252,7 @@ def survey(source: Source, table: PacketTable) -> Survey:
 
 def _advice(source: Source, table: PacketTable, decoded: bool) -> str:
     if table.codec == "webp":
-        return "FFmpeg reads still WebP pictures only, so convert an animation to GIF or to a video"
+        return "is it complete? FFmpeg reads still WebP pictures only: convert an animation to GIF or to a video"
     if source.remote and not decoded:
         return (
             "is it complete? A server without range requests cannot give a file whose index is at its end: download "
@@ -262,14 +263,14 @@ def _advice(source: Source, table: PacketTable, decoded: bool) -> str:
 
 def _held(table: PacketTable, number: dict[int, int], interlaced: set[int | None]) -> frozenset[int]:
     """Slots that no picture arrives for, and need none: MPEG-4's "the same again", and the second field of a frame."""
-    slot_at = np.argsort(table.rank)
-    held = set()
-    for slot in set(range(len(table.pts))) - set(number):
-        before = int(slot_at[table.rank[slot] - 1]) if table.rank[slot] else -1
-        second = before in number and int(table.pts[before]) in interlaced and before + 1 == slot
-        if second or (table.codec == "mpeg4" and table.sizes[slot] <= _REPEATS and number and slot > min(number)):
-            held.add(slot)
-    return frozenset(held)
+    total = len(table.pts)
+    missing = set(range(total)) - set(number)
+    if table.codec == "mpeg4":
+        first = min(number, default=total)
+        return frozenset(slot for slot in missing if slot > first and table.sizes[slot] <= _REPEATS)
+    # A single gap in interlaced video is a loss; fields in packets of their own leave every other slot empty.
+    fields = {slot for slot in missing if slot - 1 in number and int(table.pts[slot - 1]) in interlaced}
+    return frozenset(fields) if fields == missing and abs(total - 2 * len(missing)) <= 1 else frozenset()
 
 
 def decode_in_order(source: Source, canvas: Canvas) -> int:

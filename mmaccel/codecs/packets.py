@@ -92,8 +92,8 @@ class Source:
 
     @property
     def remote(self) -> bool:
-        """Whether it is read through a URL."""
-        return "://" in self._url
+        """Whether it comes from a server."""
+        return "://" in self._url and not self._url.startswith("file:")
 
     @contextmanager
     def open(self, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:

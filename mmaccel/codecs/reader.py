@@ -22,7 +22,6 @@ __all__ = ["Interpolation", "Video", "VideoWarning", "load_video"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
-
 _MOST_THREADS = 256
 
 
@@ -97,18 +96,21 @@ def load_video(
     order, order and duplicates kept, negative ones from the end; with neither, 32 frames or, of a shorter video, all.
     on_short says what frames=N does when there are fewer: "error", "all" (each once) or "repeat" (evenly, up to N).
     size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as square.
-    threads is the number of decoding threads, by default one a core and at most 8.
+    A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free memory.
+    threads is the number of decoding threads, at most 256, by default one a core and at most 8.
 
     Colours follow the stream's own matrix and range (BT.601 where it states none); conversion and resizing are one
     libswscale pass. Rotated and mirrored recordings come upright (turns that are no multiple of 90 degrees go to the
     nearest one). Frames are told apart by presentation time, so variable frame rates, B-frames and edit lists are
     exact; decoding starts at the keyframe before a wanted frame where that saves work, and ends at the last wanted one.
-    A still image is a video of one frame.
+    A still image is a video of one frame, turned and mirrored as its EXIF data say.
 
-    Damaged videos: every frame keeps its number, what decodes is returned, a wanted frame that is lost shows the
-    nearest earlier decodable one (the nearest later, if there is none), and a VideoWarning says how many are lost. A
-    frame is lost if the decoder fails on it or reports that it patched it up. Parts that no wanted frame needs are not
-    decoded, so damage there goes unseen.
+    Damaged videos, clips that start inside a group of pictures among them: every frame keeps its number whatever is
+    asked for, which is its place in presentation order among the file's packets (among the decoder's outputs where the
+    packets do not tell: raw streams, joined transport streams, rarer codecs). What decodes is returned, a wanted frame
+    that is lost shows the nearest earlier decodable one (the nearest later, if there is none), and a VideoWarning says
+    how many are lost. A frame is lost if the decoder fails on it, gives nothing for it, or reports that it patched it
+    up. Parts that no wanted frame needs are not decoded, so damage there goes unseen.
 
     Raises VideoError: wrong type, missing, a directory, empty, not a video, no video stream, nothing decodable, or a
     request that the video cannot satisfy.

@@ -13,6 +13,7 @@ import pytest
 from clips import Recipe, encode, number_in, picture, sequential
 
 from mmaccel.codecs import Video, VideoWarning, load_video
+from mmaccel.codecs.decode import _held
 from mmaccel.codecs.packets import Source, scan
 
 Clip = Callable[[str], Path]
@@ -197,6 +198,36 @@ def test_the_same_picture_again_is_not_lost(tmp_path: Path) -> None:
         video = load_video(path, 24)
     assert [number_in(image) for image in video.numpy()] == [*range(7), 6, *range(8, 24)]
     assert (video.total, video.lost, video.replaced) == (24, 0, ())
+
+
+def interlaced(folder: Path) -> Path:
+    options = {"bf": "0", "g": "12", "flags": "+ildct+ilme", "x264-params": "tff=1"}
+    return encode(Recipe("interlaced.mkv", count=24, options=options), folder)
+
+
+def test_a_gap_in_interlaced_video_is_a_loss(tmp_path: Path) -> None:
+    source, path = interlaced(tmp_path), tmp_path / "gap.mkv"
+    with av.open(str(source)) as given, av.open(str(path), "w") as copy:
+        out = copy.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(p for p in given.demux(video=0) if p.size):
+            if number == 23:  # an access unit of nothing but a filler
+                empty = av.Packet(bytes([0, 0, 0, 3, 12, 255, 128]))
+                empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                packet = empty
+            packet.stream = out
+            copy.mux(packet)
+    with pytest.warns(VideoWarning, match="1 of 24 frames are lost"):
+        video = load_video(path, 24)
+    assert [number_in(image) for image in video.numpy()] == [*range(23), 22]
+
+
+def test_the_second_field_of_a_frame_is_not_lost(tmp_path: Path) -> None:
+    table = scan(Source(interlaced(tmp_path)))
+    times = set(table.pts.tolist())
+    frames = {slot: slot // 2 for slot in range(0, 24, 2)}
+    assert _held(table, frames, times) == frozenset(range(1, 24, 2))
+    assert _held(table, frames, set()) == frozenset()
+    assert _held(table, {slot: slot for slot in range(20)}, times) == frozenset()
 
 
 def test_a_frame_behind_the_cut_is_named_as_such(clip: Clip) -> None:
