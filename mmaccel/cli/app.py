@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,17 +141,12 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = [*(["--debug"] if debug else []), *(word for word in arguments if word != "--debug")]
     try:
         code = app(args=arguments, prog_name="mmaccel", standalone_mode=False)
-        sys.stdout.flush()
         # typer says so by a code, older ones by Abort
         return _fail("interrupted.", 130) if code == 130 else code if isinstance(code, int) else 0
     except _UsageProblem as error:
         return _fail(error.format_message().rstrip(".") + " (see mmaccel --help)", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted.", 130)
-    except BrokenPipeError:
-        # The reader, such as head, has seen enough; what is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except Exception as error:
         from mmaccel.errors import MMAccelError
 
