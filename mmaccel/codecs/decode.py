@@ -235,13 +235,16 @@ def survey(source: Source, table: PacketTable) -> Survey:
                 interlaced.add(frame.pts)
     clean = [place for place, (_, ok) in enumerate(arrived) if ok]
     if table.exact:
-        number = {table.slots[pts]: place for place in clean if (pts := arrived[place][0]) in table.slots}
+        known = [place for place, (pts, _) in enumerate(arrived) if pts in table.slots]
+        # The decoder's order is that of presentation even where FFmpeg has guessed the times (H.264 in AVI).
+        slots = sorted(table.slots[pts] for place in known if (pts := arrived[place][0]) is not None)
+        number = {slot: place for slot, place in zip(slots, known, strict=True) if arrived[place][1]}
         held = _held(table, number, set() if errors else interlaced)
         lost = len(table.pts) - len(number) - len(held)
         found = Survey(len(table.pts), table.pts, number, held, lost, 0, len(arrived))
     else:
-        known = [pts for pts, _ in arrived if pts is not None]
-        times = np.array(known, dtype=np.int64) if len(known) == len(arrived) else None
+        stated = [pts for pts, _ in arrived if pts is not None]
+        times = np.array(stated, dtype=np.int64) if len(stated) == len(arrived) else None
         lost = len(errors) + len(arrived) - len(clean)
         places = {place: place for place in clean}
         found = Survey(len(arrived), times, places, frozenset(), lost, len(errors), len(arrived))

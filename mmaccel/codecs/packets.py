@@ -158,6 +158,7 @@ class PacketTable:
     `sizes` int64 [n]: the bytes of each slot's packet.
     `exact` says whether packets number the frames; without it only decoding tells the frames apart.
     `cut` is the number of frames that the file announces but ends before, `rate` the frame rate of the header.
+    `guessed` says that the container stores no presentation times, so that only the decoder's order is to be trusted.
     `exif` is the EXIF orientation of a still image, 1 to 8, None for anything else.
     """
 
@@ -172,6 +173,7 @@ class PacketTable:
     rate: float | None
     exact: bool
     cut: int
+    guessed: bool
     exif: int | None
 
     @cached_property
@@ -203,6 +205,7 @@ def scan(source: Source) -> PacketTable:
         # Matroska states no frame count, only the length of the longest stream: all of them must be looked at.
         matroska = container.format.name == "matroska,webm"
         codec = stream.codec_context.codec.canonical_name
+        guessed = container.format.name == "avi" and codec in ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
         still = container.format.name == "image2" or container.format.name.endswith("_pipe")
         sized = container.size > 0
         for packet in _until_broken(container.demux() if matroska else container.demux(stream), sized):
@@ -238,7 +241,9 @@ def scan(source: Source) -> PacketTable:
     exact = ordered and len(set(known)) == len(pts) > 0 and codec in _ONE_FRAME_A_PACKET
     if not exact:
         none = np.empty(0, dtype=np.int64)
-        return PacketTable(codec, none, none, none, none, none, 0, tick, rate, False, max(cut, int(broken)), exif)
+        return PacketTable(
+            codec, none, none, none, none, none, 0, tick, rate, False, max(cut, int(broken)), guessed, exif
+        )
     order = np.argsort(np.array(known, dtype=np.int64))
     return PacketTable(
         codec=codec,
@@ -252,6 +257,7 @@ def scan(source: Source) -> PacketTable:
         rate=rate,
         exact=True,
         cut=max(cut, int(broken)),
+        guessed=guessed,
         exif=exif,
     )
 

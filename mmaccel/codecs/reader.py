@@ -129,7 +129,9 @@ def load_video(
     source = Source(src)
     table = scan(source)
 
-    for seek in (True, False) if table.exact else ():
+    # Where times are guessed, the picture behind a jump may be another than its time says.
+    ways = () if not table.exact else (False,) if table.guessed else (True, False)
+    for seek in ways:
         wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name, table.cut)
         canvas = Canvas(wanted, size, interpolation, table.exif)
         try:

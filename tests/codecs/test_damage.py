@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -148,20 +149,18 @@ def test_a_torn_packet_spoils_one_frame_and_moves_no_other(clip: Clip, tmp_path:
 
 
 def test_alternate_references_in_packets_of_their_own_are_no_frames(clip: Clip, tmp_path: Path) -> None:
-    path = tmp_path / "hidden.webm"
-    with av.open(str(clip("vp9.webm"))) as source, av.open(str(path), "w") as target:
-        stream = source.streams.video[0]
-        copy = target.add_stream_from_template(stream)
-        for number, packet in enumerate(p for p in source.demux(stream) if p.size):
+    # Written by hand: FFmpeg's muxers put a hidden frame into the packet of the next one.
+    path, hidden = tmp_path / "hidden.ivf", 0
+    with av.open(str(clip("vp9.webm"))) as source, path.open("wb") as target:
+        target.write(struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"VP90", 128, 64, 1000, 1, 63, 0))
+        for number, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            data = bytes(packet)
             if number and packet.is_keyframe:  # the header of other frames changes its length with the bit that hides
-                data = bytes(packet)
                 assert data[0] & 0xFA == 0x82  # profile 0, shown
-                hidden = av.Packet(bytes([data[0] & 0xFD]) + data[1:])
-                hidden.pts = hidden.dts = packet.pts - 1  # type: ignore[operator]
-                hidden.time_base, hidden.stream = packet.time_base, copy
-                target.mux(hidden)
-            packet.stream = copy
-            target.mux(packet)
+                hidden += 1
+                target.write(struct.pack("<IQ", len(data), packet.pts - 1) + bytes([data[0] & 0xFD]) + data[1:])
+            target.write(struct.pack("<IQ", len(data), packet.pts) + data)
+    assert hidden == 3
     reference = sequential(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -170,6 +169,19 @@ def test_alternate_references_in_packets_of_their_own_are_no_frames(clip: Clip, 
     assert video.total == late.total == len(reference) == 60
     np.testing.assert_array_equal(video.numpy(), np.stack(reference))
     np.testing.assert_array_equal(late.numpy()[0], reference[47])
+
+
+@pytest.mark.parametrize("extra", ["open-gop=0", "open-gop=1:b-pyramid=2"])
+def test_a_container_without_presentation_times(tmp_path: Path, extra: str) -> None:
+    options = {"bf": "3", "g": "12", "x264-params": extra}
+    path = encode(Recipe("guessed.avi", count=40, options=options), tmp_path)
+    reference = np.stack(sequential(path))
+    assert len(reference) == 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(load_video(path, 40).numpy(), reference)
+        for index in range(40):
+            np.testing.assert_array_equal(load_video(path, indices=[index]).numpy()[0], reference[index])
 
 
 def test_the_same_picture_again_is_not_lost(tmp_path: Path) -> None:
