@@ -158,7 +158,7 @@ class PacketTable:
     `sizes` int64 [n]: the bytes of each slot's packet.
     `exact` says whether packets number the frames; without it only decoding tells the frames apart.
     `cut` is the number of frames that the file announces but ends before, `rate` the frame rate of the header.
-    `guessed` says that the container stores no presentation times, so that only the decoder's order is to be trusted.
+    `guessed` says that FFmpeg has made the presentation times up (AVI stores none), so that only the decoder's order is to be trusted.
     `exif` is the EXIF orientation of a still image, 1 to 8, None for anything else.
     """
 
@@ -205,7 +205,7 @@ def scan(source: Source) -> PacketTable:
         # Matroska states no frame count, only the length of the longest stream: all of them must be looked at.
         matroska = container.format.name == "matroska,webm"
         codec = stream.codec_context.codec.canonical_name
-        guessed = container.format.name == "avi" and codec in ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
+        guessed = container.format.name == "avi" and codec in ("h264", "hevc")
         still = container.format.name == "image2" or container.format.name.endswith("_pipe")
         sized = container.size > 0
         for packet in _until_broken(container.demux() if matroska else container.demux(stream), sized):
