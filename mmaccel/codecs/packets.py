@@ -158,7 +158,7 @@ class PacketTable:
     `sizes` int64 [n]: the bytes of each slot's packet.
     `exact` says whether packets number the frames; without it only decoding tells the frames apart.
     `cut` is the number of frames that the file announces but ends before, `rate` the frame rate of the header.
-    `guessed` says that FFmpeg has made the presentation times up (AVI stores none), so that only the decoder's order is to be trusted.
+    `guessed` says that FFmpeg has made the times up (AVI stores none): only the decoder's order is to be trusted.
     `exif` is the EXIF orientation of a still image, 1 to 8, None for anything else.
     """
 
