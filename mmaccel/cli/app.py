@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmaccel import __version__
-from mmaccel.cli.terminal import Terminal, one_line
+from mmaccel.cli.terminal import Terminal, one_line, say_what_can_be_said
 
 __all__ = ["app", "main"]
 
@@ -134,6 +134,7 @@ _UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    say_what_can_be_said()
     arguments = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in arguments
     # A traceback is wanted after the fact, so the switch may stand at the end of the line as well.

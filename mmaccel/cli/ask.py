@@ -125,7 +125,7 @@ def _check_length(model: Any, inputs: Any, words: int) -> None:
     if limit is not None and length + words > limit:
         raise MMAccelError(
             f"the prompt has {length} tokens, with the answer more than the {limit} that this model was made for; "
-            "ask for fewer --frames."
+            "ask for fewer --frames or fewer --max-new-tokens."
         )
 
 
@@ -182,7 +182,7 @@ def _table(loaded: Loaded, runs: dict[str, dict[str, Any]], question: str) -> Ta
         times = values["ttft"]
         cells = [times["total"]["median"], *(times["stages"][stage]["median"] for stage in stages)]
         table.add_row(
-            Text(name), Text(values["answer"]), " → ".join(map(str, values["visual_tokens"])), *map(_seconds, cells)
+            Text(name), Text(values["answer"]), " -> ".join(map(str, values["visual_tokens"])), *map(_seconds, cells)
         )
     return table
 

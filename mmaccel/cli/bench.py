@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmaccel.errors import MMAccelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mmaccel.cli.terminal import Terminal
 
@@ -19,9 +19,10 @@ def run(terminal: Terminal, name: str | None, out: Path | None, options: Sequenc
     """Run the scenario `name` with `option=value` replacements; without a name list what there is.
 
     Raises:
-        MMAccelError: no scenario of that name, or an option that it does not have.
+        MMAccelError: no scenario of that name, an option that it does not have, or a file that cannot be written.
     """
     from mmaccel.measure import load_scenario, run_scenario
+    from mmaccel.measure.scenario import options_of
 
     known = _scenarios()
     if name is None:
@@ -31,8 +32,10 @@ def run(terminal: Terminal, name: str | None, out: Path | None, options: Sequenc
         return
     if name not in known:
         raise MMAccelError(f"no scenario is called {name!r}; known are {', '.join(known)}.")
+    scenario = load_scenario(known[name])
     overrides = dict(_pair(option) for option in options)
-    target = out or Path("out") / f"{name.replace('/', '-')}.jsonl"
+    _check_numbers(overrides, options_of(scenario))
+    target = _writable(out or Path("out") / f"{name.replace('/', '-')}.jsonl")
     with terminal.progress() as progress:
         bars: dict[str, Any] = {}
 
@@ -41,7 +44,7 @@ def run(terminal: Terminal, name: str | None, out: Path | None, options: Sequenc
                 bars[what] = progress.add_task(what)
             progress.update(bars[what], completed=done, total=total)
 
-        rows = run_scenario(load_scenario(known[name]), target, overrides, note)
+        rows = run_scenario(scenario, target, overrides, note)
     terminal.show(f"{len(rows)} rows: {target}")
     terminal.finish({"scenario": name, "out": target, "rows": rows})
 
@@ -66,3 +69,27 @@ def _pair(option: str) -> tuple[str, str]:
     if not equals:
         raise MMAccelError(f"--set {option}: write option=value.")
     return key.strip(), text.strip()
+
+
+def _check_numbers(overrides: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    for key, text in overrides.items():
+        if type(options.get(key)) not in (int, float):
+            continue
+        try:
+            float(text)
+        except ValueError:
+            raise MMAccelError(f"--set {key}={text}: write a number, such as {key}={options[key]}.") from None
+
+
+def _writable(out: Path) -> Path:
+    """Find out now, and not after hours of work, that the rows have no place; leave no trace of that."""
+    new = not out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a"):
+            pass
+        if new:
+            out.unlink()
+    except OSError as error:
+        raise MMAccelError(f"{out} cannot be written ({error.strerror}); choose another file with --out.") from error
+    return out

@@ -85,7 +85,7 @@ def outline(source: str) -> Any:
 
         return tiny_wan_pipeline() if source == "tiny-wan" else tiny_text_lm()[0]
     names = ("tiny", "tiny-text", "tiny-wan", *FAMILIES, *REAL)
-    if not Path(source).exists() and "/" not in source:
+    if not source.strip() or (not Path(source).exists() and "/" not in source):
         raise MMAccelError(f"{source!r} is no folder, no Hugging Face ID and none of {', '.join(names)}.")
     where = _where(source)
     if (Path(source) / "model_index.json").exists():

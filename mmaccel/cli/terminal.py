@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -14,12 +15,19 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Terminal", "one_line"]
+__all__ = ["Terminal", "one_line", "say_what_can_be_said"]
 
 
 def one_line(text: object) -> str:
     """Any message as a single line."""
     return " ".join(str(text).split())
+
+
+def say_what_can_be_said() -> None:
+    """Let stdout and stderr write a question mark for what their encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class Terminal:

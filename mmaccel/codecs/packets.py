@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -16,6 +17,7 @@ import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
+from PIL import Image
 
 from mmaccel.errors import VideoError
 
@@ -54,6 +56,9 @@ class Source:
             self.name = self._url = src
         elif isinstance(src, (str, os.PathLike)):
             self.name = os.fspath(src)
+            # A URL without an authority is a path with a prefix, unless a file is really called that.
+            if isinstance(self.name, str) and self.name.startswith("file:") and not os.path.lexists(self.name):
+                self.name = self.name.removeprefix("file:")
             if not self.name:
                 raise VideoError("the path of the video is empty")
             self._url = f"file:{_readable(self.name)}"
@@ -66,14 +71,29 @@ class Source:
             raise VideoError(f"{self.name} is empty (0 bytes)")
 
     def _adopt(self, file: BinaryIO) -> None:
-        if not isinstance(file.read(0), bytes):
-            raise VideoError(f'{self.name} is open in text mode; open it with mode "rb"')
-        if not file.seekable():
-            self._data = file.read()
-        elif file.seek(0, os.SEEK_END) == 0:
-            raise VideoError(f"{self.name} is empty (0 bytes)")
-        else:
-            self._file = file
+        if getattr(file, "closed", False):
+            raise VideoError(f"{self.name} is a closed file; pass it open, or pass its path")
+        try:
+            if not isinstance(file.read(0), bytes):
+                raise VideoError(f'{self.name} is open in text mode; open it with mode "rb"')
+            # Not every reader says whether it can seek; one that does not is taken for a pipe.
+            if not (hasattr(file, "seekable") and file.seekable()):
+                self._data = file.read()
+            elif file.seek(0, os.SEEK_END) == 0:
+                raise VideoError(f"{self.name} is empty (0 bytes)")
+            else:
+                self._file = file
+        except io.UnsupportedOperation as error:
+            raise VideoError(f'{self.name} cannot be read from ({error}); open it with mode "rb"') from error
+        except (OSError, TypeError) as error:
+            raise VideoError(
+                f"{self.name} cannot be read from ({error}); pass a binary file open for reading"
+            ) from error
+
+    @property
+    def remote(self) -> bool:
+        """Whether it comes from a server."""
+        return "://" in self._url and not self._url.startswith("file:")
 
     @contextmanager
     def open(self, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -86,8 +106,10 @@ class Source:
             target = self._file
         try:
             # A file with names in a legacy encoding is still a video, and a server that stops answering is an error.
-            timeout = 30.0 if "://" in self._url else None
-            with av.open(target, "r", metadata_errors="replace", timeout=timeout) as container:
+            timeout = 30.0 if self.remote else None
+            # The name of a picture is a name, not a pattern that stands for a series of them.
+            options = {"pattern_type": "none"}
+            with av.open(target, "r", metadata_errors="replace", timeout=timeout, options=options) as container:
                 stream = self._video_stream(container)
                 stream.codec_context.thread_count = threads
                 stream.thread_type = "AUTO"  # type: ignore[assignment]
@@ -133,20 +155,26 @@ class PacketTable:
     `pts` int64 [n] in units of `tick` seconds; `dts` and `rank` int64 [n]: when the slot's packet is decoded, in ticks
     and as its place in the file; `keys` int64, ascending: the slots at which decoding may start; `span`: the display
     time of the last frame in ticks, 0 if not stated.
-    `exact` says whether packets and frames correspond one to one; without it only decoding tells the frames apart.
+    `sizes` int64 [n]: the bytes of each slot's packet.
+    `exact` says whether packets number the frames; without it only decoding tells the frames apart.
     `cut` is the number of frames that the file announces but ends before, `rate` the frame rate of the header.
+    `guessed` says that FFmpeg has made the times up (AVI stores none): only the decoder's order is to be trusted.
+    `exif` is the EXIF orientation of a still image, 1 to 8, None for anything else.
     """
 
     codec: str
     pts: np.ndarray
     dts: np.ndarray
     rank: np.ndarray
+    sizes: np.ndarray
     keys: np.ndarray
     span: int
     tick: float
     rate: float | None
     exact: bool
     cut: int
+    guessed: bool
+    exif: int | None
 
     @cached_property
     def slots(self) -> dict[int, int]:
@@ -170,11 +198,17 @@ def scan(source: Source) -> PacketTable:
     dts: list[int | None] = []
     keys: list[bool] = []
     spans: list[int] = []
+    sizes: list[int] = []
+    exif = None
     packets, end, last_dts, ordered, torn, broken = 0, 0.0, None, True, False, False
     with source.open() as (container, stream):
         # Matroska states no frame count, only the length of the longest stream: all of them must be looked at.
         matroska = container.format.name == "matroska,webm"
-        for packet in _until_broken(container.demux() if matroska else container.demux(stream)):
+        codec = stream.codec_context.codec.canonical_name
+        guessed = container.format.name == "avi" and codec in ("h264", "hevc")
+        still = container.format.name == "image2" or container.format.name.endswith("_pipe")
+        sized = container.size > 0
+        for packet in _until_broken(container.demux() if matroska else container.demux(stream), sized):
             if packet is None:
                 broken = True
                 break
@@ -184,47 +218,77 @@ def scan(source: Source) -> PacketTable:
                 continue
             packets += 1
             torn = packet.is_corrupt
-            if packet.dts is not None:
+            if still and packets == 1:
+                exif = _exif_orientation(bytes(packet))
+            # Matroska stores no decoding times: FFmpeg makes them up, and stumbles where frames are missing.
+            if packet.dts is not None and not matroska:
                 ordered &= last_dts is None or packet.dts >= last_dts
                 last_dts = packet.dts
-            if not packet.is_discard:  # outside the edit list: decoded, never shown
+            # Outside the edit list, or an alternate reference: decoded, never shown.
+            if not packet.is_discard and not (codec == "vp9" and _hidden(memoryview(packet))):
                 pts.append(packet.pts)
                 dts.append(packet.dts)
                 keys.append(packet.is_keyframe)
                 spans.append(packet.duration or 0)
+                sizes.append(packet.size)
         if torn and stream.frames > packets:
             cut = stream.frames - packets
         else:
             cut = _cut(container, stream, packets, end if matroska else None)
-        codec = stream.codec_context.codec.canonical_name
         rate = float(stream.average_rate) if stream.average_rate else None
         tick = float(stream.time_base or 0)
     known = [time for time in pts if time is not None]
     exact = ordered and len(set(known)) == len(pts) > 0 and codec in _ONE_FRAME_A_PACKET
     if not exact:
         none = np.empty(0, dtype=np.int64)
-        return PacketTable(codec, none, none, none, none, 0, tick, rate, False, max(cut, int(broken)))
+        return PacketTable(
+            codec, none, none, none, none, none, 0, tick, rate, False, max(cut, int(broken)), guessed, exif
+        )
     order = np.argsort(np.array(known, dtype=np.int64))
     return PacketTable(
         codec=codec,
         pts=np.array(known, dtype=np.int64)[order],
         dts=np.array([time if when is None else when for time, when in zip(known, dts, strict=True)])[order],
         rank=order,
+        sizes=np.array(sizes, dtype=np.int64)[order],
         keys=np.flatnonzero(np.array(keys)[order]),
         span=spans[order[-1]],
         tick=tick,
         rate=rate,
         exact=True,
         cut=max(cut, int(broken)),
+        guessed=guessed,
+        exif=exif,
     )
 
 
-def _until_broken(packets: Iterator[Packet]) -> Iterator[Packet | None]:
+def _exif_orientation(encoded: bytes) -> int | None:
+    """The EXIF orientation of an encoded picture, None if it cannot be read; PyAV tells the turn, but no mirror."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    # Pillow's parsers raise errors of many kinds on damaged files; FFmpeg may still read the pixels.
+    except Exception:
+        return None
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _hidden(data: memoryview) -> bool:
+    """Whether a VP9 packet holds one frame only, and that is not to be shown (VP9 bitstream specification, 7.2)."""
+    if data[-1] & 0xE0 == 0xC0:
+        return False  # several frames, the last of which is shown
+    header = data[0] << (data[0] & 0x30 == 0x30)  # profile 3 has one bit more
+    return data[0] & 0xC0 == 0x80 and not header & 0x08 and not header & 0x02
+
+
+def _until_broken(packets: Iterator[Packet], sized: bool) -> Iterator[Packet | None]:
     """Hand packets through; None in the place of an error, after which nothing follows."""
     try:
         yield from packets
-    except FFmpegError:
-        yield None
+    except FFmpegError as error:
+        # A server that does not state the length says by closing the connection that this was all.
+        if sized or error.errno != errno.EIO:
+            yield None
 
 
 def _cut(container: InputContainer, stream: VideoStream, packets: int, end: float | None) -> int:

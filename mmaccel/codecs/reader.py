@@ -22,6 +22,8 @@ __all__ = ["Interpolation", "Video", "VideoWarning", "load_video"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
+_MOST_THREADS = 256
+
 
 class VideoWarning(UserWarning):
     """A video was read, but part of it was damaged or missing."""
@@ -94,18 +96,21 @@ def load_video(
     order, order and duplicates kept, negative ones from the end; with neither, 32 frames or, of a shorter video, all.
     on_short says what frames=N does when there are fewer: "error", "all" (each once) or "repeat" (evenly, up to N).
     size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as square.
-    threads is the number of decoding threads, by default one a core and at most 8.
+    A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free memory.
+    threads is the number of decoding threads, at most 256, by default one a core and at most 8.
 
     Colours follow the stream's own matrix and range (BT.601 where it states none); conversion and resizing are one
     libswscale pass. Rotated and mirrored recordings come upright (turns that are no multiple of 90 degrees go to the
     nearest one). Frames are told apart by presentation time, so variable frame rates, B-frames and edit lists are
     exact; decoding starts at the keyframe before a wanted frame where that saves work, and ends at the last wanted one.
-    A still image is a video of one frame.
+    A still image is a video of one frame, turned and mirrored as its EXIF data say.
 
-    Damaged videos: every frame keeps its number, what decodes is returned, a wanted frame that is lost shows the
-    nearest earlier decodable one (the nearest later, if there is none), and a VideoWarning says how many are lost. A
-    frame is lost if the decoder fails on it or reports that it patched it up. Parts that no wanted frame needs are not
-    decoded, so damage there goes unseen.
+    Damaged videos, clips that start inside a group of pictures among them: every frame keeps its number whatever is
+    asked for, which is its place in presentation order among the file's packets (among the decoder's outputs where the
+    packets do not tell: raw streams, joined transport streams, rarer codecs). What decodes is returned, a wanted frame
+    that is lost shows the nearest earlier decodable one (the nearest later, if there is none), and a VideoWarning says
+    how many are lost. A frame is lost if the decoder fails on it, gives nothing for it, or reports that it patched it
+    up. Parts that no wanted frame needs are not decoded, so damage there goes unseen.
 
     Raises VideoError: wrong type, missing, a directory, empty, not a video, no video stream, nothing decodable, or a
     request that the video cannot satisfy.
@@ -119,34 +124,37 @@ def load_video(
     asked = None if indices is None else as_numbers(indices)
     target_size(1, 1, size)
     workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
-    if workers < 1:
-        raise VideoError(f"threads must be at least 1, got {workers}")
+    if not 1 <= workers <= _MOST_THREADS:
+        raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
     source = Source(src)
     table = scan(source)
 
-    for seek in (True, False) if table.exact else ():
-        wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name)
-        canvas = Canvas(wanted, size, interpolation)
+    # Where times are guessed, the picture behind a jump may be another than its time says.
+    ways = () if not table.exact else (False,) if table.guessed else (True, False)
+    for seek in ways:
+        wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name, table.cut)
+        canvas = Canvas(wanted, size, interpolation, table.exif)
         try:
             decoded = decode_slots(source, table, canvas, workers, seek)
         except FrameMismatchError:
             continue
-        total, times, lost, replaced = len(table.pts), table.pts, table.cut, ()
+        total, times, lost, replaced, everything = len(table.pts), table.pts, table.cut, (), len(table.pts) + table.cut
         break
     else:
         found = survey(source, table)
         total, times, lost = found.total, found.times, found.lost + table.cut
-        wanted = frame_indices(total, frames, asked, on_short, source.name)
+        everything = total + found.unplaced + table.cut
+        wanted = frame_indices(total, frames, asked, on_short, source.name, table.cut)
         shown = found.nearest(wanted)
-        canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation)
+        canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation, table.exif)
         decoded = found.decoded + decode_in_order(source, canvas)
-        replaced = tuple(sorted(set(wanted[shown != wanted].tolist())))
+        replaced = tuple(sorted(set(wanted[shown != wanted].tolist()) - found.held))
 
     seconds, fps, duration = _clock(total, times, table)
     if lost:
         instead = f"; {len(replaced)} of the wanted ones show a neighbour instead" if replaced else ""
         warnings.warn(
-            f"{source.name}: {lost} of {total + table.cut} frames are lost, damaged or cut off{instead}",
+            f"{source.name}: {lost} of {everything} frames are lost, damaged or cut off{instead}",
             VideoWarning,
             stacklevel=2,
         )

@@ -44,7 +44,12 @@ CHAT_TEMPLATE = (
 def check_vocabulary(text: str) -> None:
     """Raise `VocabularyError` for words that the embedded model was never taught; case does not matter."""
     pieces = re.findall(r"<\|?\w+\|?>|\w+|[^\w\s]+", text.lower())
-    known = {*WORDS, *SPECIAL_TOKENS} - {"<unk>"}
+    special = sorted({piece for piece in pieces if piece in SPECIAL_TOKENS})
+    if special:
+        raise VocabularyError(
+            f"{', '.join(special)} cannot stand in a question: the prompt around it is made by the chat template"
+        )
+    known = set(WORDS)
     strange = list(dict.fromkeys(piece for piece in pieces if piece not in known))
     if not strange:
         return

@@ -143,6 +143,10 @@ def test_videos_that_will_not_do(refused, broken, question, name):
     [
         (["does the zebra dance ?"], "'zebra', 'dance'"),
         ([" "], "question is empty"),
+        (["<video>"], "<video> cannot stand in a question"),
+        (["<image> what"], "<image> cannot stand in a question"),
+        (["what <|END|> color ?"], "<|end|> cannot stand in a question"),
+        (["how many ?", "--max-new-tokens", "100000"], "--max-new-tokens"),
         (["how many ?", "--frames", "99"], "99"),
         (["how many ?", "-m", "hollitom"], "'holitom'"),
         (["how many ?", "-m", "evs:kep=0.5"], "no knob 'kep'"),

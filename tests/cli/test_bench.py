@@ -38,12 +38,42 @@ def test_runs_one_with_other_options(document, tmp_path):
         (["video_lm/nothing"], "video_lm/quality"),
         (["video_lm/quality", "--set", "clips"], "option=value"),
         (["video_lm/quality", "--set", "clip=3"], "clip"),
-        (["video_lm/quality", "--set", "clips=many"], "clips"),
+        (["video_lm/quality", "--set", "clips=many"], "write a number"),
+        (["video_lm/quality", "--set", "clips=1.5"], "must be int"),
     ],
 )
 def test_requests_that_will_not_do(refused, tmp_path, words, reason):
     assert reason in refused(1, "bench", *words, "--out", tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file/rows.jsonl", "locked.jsonl"])
+def test_rows_without_a_place_are_found_out_first(refused, monkeypatch, tmp_path, place):
+    import mmaccel.measure
+
+    def work(*_):
+        pytest.fail("the work began")
+
+    monkeypatch.setattr(mmaccel.measure, "run_scenario", work)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    locked = tmp_path / "locked.jsonl"
+    locked.symlink_to(tmp_path / "nowhere" / "rows.jsonl")
+    line = refused(1, "bench", "video_lm/quality", "--out", tmp_path / place)
+    assert f"{tmp_path / place} cannot be written" in line
+    assert "--out" in line
+
+
+def test_rows_that_are_there_already_stay(document, monkeypatch, tmp_path):
+    import mmaccel.measure
+
+    monkeypatch.setattr(mmaccel.measure, "run_scenario", lambda *_: [])
+    out = tmp_path / "rows.jsonl"
+    out.write_text("{}\n")
+    document("bench", "video_lm/quality", "--out", out)
+    assert out.read_text() == "{}\n"
+    document("bench", "video_lm/quality", "--out", tmp_path / "new" / "rows.jsonl")
+    assert not (tmp_path / "new" / "rows.jsonl").exists()
 
 
 def test_without_a_checkout(refused, monkeypatch, tmp_path):

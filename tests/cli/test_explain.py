@@ -93,7 +93,8 @@ def test_folders_that_will_not_do(refused, tmp_path, write, reason):
 
 
 def test_names_that_mean_nothing(refused, tmp_path):
-    assert "llava-onevision-0.5b" in refused(1, "explain", "lava")
+    for name in ("lava", "", " "):
+        assert "llava-onevision-0.5b" in refused(1, "explain", name)
     assert "nobody/nothing" in refused(1, "explain", "nobody/nothing")
     file = tmp_path / "weights.bin"
     file.write_bytes(b"0")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -108,6 +111,61 @@ def test_interrupt_is_code_130(cli, explain_that):
     assert code == 130
     assert out == ""
     assert err.strip() == "mmaccel: interrupted."
+
+
+MAIN = "import sys; from mmaccel.cli import main; sys.exit(main())"
+
+
+def test_an_encoding_that_cannot_say_everything(clip, question):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "ask", clip, question, "--compare", "--repeats", "1"],
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "513 -> " in done.stdout
+
+
+def test_characters_outside_the_encoding_become_question_marks(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["explain", "n\u00f6pe"]) == 1
+    err.flush()
+    assert b"mmaccel: 'n?pe' is no folder" in err.buffer.getvalue()
+    with Terminal(as_json=False) as terminal:
+        terminal.show("513 \u2192 78")
+    out.flush()
+    assert out.buffer.getvalue() == b"513 ? 78\n"
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["--version"]])
+def test_a_reader_that_has_seen_enough(words):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nowhere:
+        done = subprocess.run(
+            [sys.executable, "-c", MAIN, *words], stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_interrupt_from_the_keyboard(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import sys, time, mmaccel.cli.explain\n"
+        "from mmaccel.cli import main\n"
+        "def run(*_):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "mmaccel.cli.explain.run = run\n"
+        "sys.exit(main(['explain', 'tiny']))\n"
+    )
+    command = [sys.executable, str(tmp_path / "slow.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as work:
+        assert work.stdout.readline() == "ready\n"
+        work.send_signal(signal.SIGINT)
+        _, err = work.communicate(timeout=60)
+    assert (work.returncode, err.strip()) == (130, "mmaccel: interrupted.")
 
 
 def test_json_keeps_stdout_clean(capsys):
