@@ -57,7 +57,7 @@ def test_equals_the_loops(backend, metric, B, N, M, D):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("block", "columns", "chunk"), [(1, 1, 1), (64, 16, 4), (300, 40, 8), (1 << 20, 2048, 64)])
+@pytest.mark.parametrize(("block", "columns", "chunk"), [(9, 3, 2), (64, 16, 4), (300, 40, 8), (1 << 20, 2048, 64)])
 def test_every_block_size_gives_the_reference(monkeypatch, metric, block, columns, chunk):
     for name, size in (("_BLOCK", block), ("_COLUMNS", columns), ("_CHUNK", chunk)):
         monkeypatch.setattr(cpu, name, size)
