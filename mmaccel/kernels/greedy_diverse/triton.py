@@ -7,7 +7,7 @@ factor so far: K^2 N / 2 numbers through one multiprocessor, which is slow beyon
 thousands of tokens.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton
