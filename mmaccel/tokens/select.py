@@ -266,7 +266,9 @@ def _valid(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     elif mask.shape != x.shape[:2] or mask.dtype != torch.bool:
         raise MethodError(f"the mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}")
-    if not bool(x.isfinite().all(-1).masked_fill(~mask, True).all()):
+    # many times faster than isfinite().all(), and exact: NaN and infinity times 0 are NaN
+    finite = (x * 0).sum(-1) == 0
+    if not bool(finite.masked_fill(~mask, True).all()):
         raise NonFiniteError("the features to select by hold NaN or infinity; look for the module that produced them")
     return mask
 

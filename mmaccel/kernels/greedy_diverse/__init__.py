@@ -59,7 +59,8 @@ def greedy_diverse(
     _check(x, k, method, scores, mask, balance, per_round, limit)
     B, N, _ = x.shape
     eligible = torch.ones((B, N), dtype=torch.bool, device=x.device) if mask is None else mask
-    sound = x.isfinite().all(-1)
+    # many times faster than isfinite().all(), and exact: NaN and infinity times 0 are NaN
+    sound = (x * 0).sum(-1) == 0
     if scores is not None:
         eligible = eligible & (scores != -torch.inf)
         sound = sound & scores.isfinite()

@@ -7,7 +7,7 @@ factor so far: K^2 N / 2 numbers through one multiprocessor, which is slow beyon
 thousands of tokens.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton
@@ -52,7 +52,7 @@ def _greedy_kernel(
                     mine = tl.load(factor + s * N + pick, mask=done, other=0.0)
                     others = tl.load(factor + s[:, None] * N + n[None], mask=done[:, None] & inside[None], other=0.0)
                     similar -= tl.sum(mine[:, None] * others, 0)
-                row = tl.where(left > 0, similar / tl.sqrt(tl.maximum(left, 1.1754943508222875e-38)), 0.0)
+                row = tl.where(left > 0.0, similar / tl.sqrt(tl.maximum(left, 1.1754943508222875e-38)), 0.0)
                 tl.store(factor + last * N + n, row, mask=update)
                 rest = known - row * row
                 rest = tl.where(rest <= tl.load(floor + n, mask=inside, other=0.0), 0.0, rest)

@@ -2,7 +2,7 @@
 
 The search of a block has two levels, because torch finds the largest value of a row many times faster than its place:
 the largest value of every short chunk of columns first, then the place inside the one chunk that wins. Memory beyond
-inputs and output is a copy of b in float32 and about 20 MB; the time is that of the matrix product plus a tenth or two.
+inputs and output is a copy of b in float32 and about 20 MB; the time is 1.1 to 1.3 times that of the matrix product.
 Correct on any device.
 """
 
@@ -91,7 +91,10 @@ def _search(
             if mine is not None:
                 at = ((mine >= first) & (mine < first + C)).nonzero().flatten()
                 block[:, at, mine[at] - first] = -torch.inf
-            _update(block.flatten(0, 1), first, best.view(-1), place.view(-1))
+            if M <= _CHUNK:
+                best, place = _first_largest(block)
+            else:
+                _update(block.flatten(0, 1), first, best.view(-1), place.view(-1))
         if half is not None:
             nearest = b.gather(1, place.clamp_min(0)[..., None].expand(-1, -1, b.shape[-1]))
             best = torch.where(best == -torch.inf, best, -torch.linalg.vector_norm(part - nearest, dim=-1))
@@ -120,8 +123,8 @@ def _update(block: torch.Tensor, first: int, best: torch.Tensor, place: torch.Te
 
 
 def _first_largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    index = values.argmax(1)
-    return values.gather(1, index[:, None])[:, 0], index
+    index = values.argmax(-1)
+    return values.gather(-1, index[..., None])[..., 0], index
 
 
 def _better(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

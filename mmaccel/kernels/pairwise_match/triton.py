@@ -5,7 +5,7 @@ cosines are divided by, are float32 factors after the product, so no normalised 
 of a meet many of b, the rows of b are divided among programs, whose winners are compared at the end.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 # Triton reads annotations while it compiles, so they must not become strings here.
 import torch
 import triton
