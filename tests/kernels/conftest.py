@@ -1,13 +1,7 @@
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # before a module with kernels is imported: triton.jit looks at it once
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
