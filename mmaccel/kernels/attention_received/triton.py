@@ -30,10 +30,13 @@ def _logits(q1, q2, k1, k2, D2: tl.constexpr):
 
 
 @triton.jit
-def _tile(base, at, keep, stride, stride_d, D, D1: tl.constexpr, D2: tl.constexpr, WIDE: tl.constexpr):
+def _tile(base, at, keep, stride, stride_d, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDE: tl.constexpr):
     """Rows `at` (0 where not `keep`) in two parts: the largest power of two of the head, and the rest."""
     d1 = tl.arange(0, D1)
-    part1 = tl.load(base + at[:, None] * stride + d1[None] * stride_d, mask=keep[:, None] & (d1 < D)[None], other=0.0)
+    there = keep[:, None]
+    if D1 > D:
+        there = there & (d1 < D)[None]
+    part1 = tl.load(base + at[:, None] * stride + d1[None] * stride_d, mask=there, other=0.0)
     part2 = part1
     if D2 > 0:
         d2 = D1 + tl.arange(0, D2)
@@ -55,14 +58,19 @@ def _chosen(rows, b, m, M, HAS_ROWS: tl.constexpr):
 
 @triton.jit
 def _normaliser_kernel(
-    q, k, rows, padding, lse, M, Sk, past, D, scale,
+    q, k, rows, padding, lse, M, Sk, past, scale,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d,
-    H: tl.constexpr, G: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PADDING: tl.constexpr, CAUSAL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, CAUSAL: tl.constexpr,
     WIDE: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    # strides come in units, for the compiler to see that every row starts at a whole 16 bytes
+    q_b, q_h, q_s = q_b * UNIT, q_h * UNIT, q_s * UNIT
+    k_b, k_h, k_s = k_b * UNIT, k_h * UNIT, k_s * UNIT
+    blocks = tl.cdiv(M, BM)
+    bh = tl.program_id(0).to(tl.int64) // blocks
     b, h = bh // H, bh % H
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
     at = _chosen(rows, b, m, M, HAS_ROWS)
     there = at >= 0
     q1, q2 = _tile(q + b * q_b + h * q_h, at, there, q_s, q_d, D, D1, D2, WIDE)
@@ -96,14 +104,18 @@ def _normaliser_kernel(
 
 @triton.jit
 def _columns_kernel(
-    q, k, rows, padding, lse, out, M, Sk, past, D, scale,
+    q, k, rows, padding, lse, out, M, Sk, past, scale,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d,
-    H: tl.constexpr, G: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_PADDING: tl.constexpr, CAUSAL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, CAUSAL: tl.constexpr,
     DIAGONAL: tl.constexpr, WIDE: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    q_b, q_h, q_s = q_b * UNIT, q_h * UNIT, q_s * UNIT
+    k_b, k_h, k_s = k_b * UNIT, k_h * UNIT, k_s * UNIT
+    blocks = tl.cdiv(Sk, BN)
+    bh = tl.program_id(0).to(tl.int64) // blocks
     b, h = bh // H, bh % H
-    first = tl.program_id(0) * BN
+    first = tl.program_id(0) % blocks * BN
     n = first.to(tl.int64) + tl.arange(0, BN)
     valid = n < Sk
     if HAS_PADDING:
@@ -155,18 +167,26 @@ def attention_received(
     make = q.new_zeros if diagonal else q.new_empty
     out = make(B, H, Sk, dtype=torch.float32)
     D1, D2 = head_tiles(D)
+    unit = 16 // q.element_size()
+    if any(stride % unit for x in (q, k) for stride in x.stride()[:3]) or q.stride(3) * k.stride(3) != 1:
+        unit = 1
     shared = {
-        "H": H, "G": H // Hkv, "HAS_ROWS": rows is not None, "HAS_PADDING": padding is not None, "CAUSAL": causal,
+        "H": H, "G": H // Hkv, "D": D, "UNIT": unit, "HAS_ROWS": rows is not None,
+        "HAS_PADDING": padding is not None, "CAUSAL": causal,
         "WIDE": widen(q.dtype), "D1": D1, "D2": D2, "BM": _BLOCK_M, "BN": _BLOCK_N,
     }  # fmt: skip
     # powers of two are cheaper than powers of e
-    sizes = (M, Sk, past, D, scale * 1.4426950408889634, *q.stride(), *k.stride())
-    grid = (triton.cdiv(M, _BLOCK_M), B * H)
+    sizes = (M, Sk, past, scale * 1.4426950408889634, *_strides(q, unit), *_strides(k, unit))
+    grid = (triton.cdiv(M, _BLOCK_M) * B * H,)
     _normaliser_kernel[grid](q, k, rows, padding, lse, *sizes, **shared)
-    grid = (triton.cdiv(Sk, _BLOCK_N), B * H)
+    grid = (triton.cdiv(Sk, _BLOCK_N) * B * H,)
     _columns_kernel[grid](q, k, rows, padding, lse, out, *sizes, DIAGONAL=diagonal, **shared)
     out /= _counted(rows, padding, B, Sq, past, causal, q.device)[:, None, None]
     return out if heads else out.mean(1)
+
+
+def _strides(x: torch.Tensor, unit: int) -> tuple[int, ...]:
+    return *(stride // unit for stride in x.stride()[:3]), x.stride(3)
 
 
 def _counted(
