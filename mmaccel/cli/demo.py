@@ -176,7 +176,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> Path:
         interval = accuracy["value"], accuracy["low"], accuracy["high"]
         points.append(Point(name, row["flops"] / 1e9, *interval, baseline=baseline))
     return pareto_plot(
-        points, path, x="GFLOP a question, vision tower and prefill", y="accuracy",
+        points, path, x="GFLOP a question: vision tower, prefill, own work", y="accuracy",
         title=f"Accuracy against cost, keep {' and '.join(f'{keep:g}' for keep in KEEPS)}", source="embedded model",
         percent=True,
     )  # fmt: skip

@@ -60,9 +60,9 @@ $rows
 </table>
 </div>
 <p class="note">Intervals are bootstrap intervals that draw whole clips. "Against dense" is paired: both answered the
-same questions. FLOPs count vision tower and prefill in closed form, two for a multiply-accumulate. Time to first
-token is the median of $repeats calls, settings in turn, batch 1, reading the video included. The vision tower takes
-most of it on this model, and only the baselines that shrink the input save there.</p>
+same questions. FLOPs count vision tower and prefill in closed form and the method's own scoring and merging, two for a
+multiply-accumulate. Time to first token is the median of $repeats calls, settings in turn, batch 1, reading the video
+included. The vision tower takes most of it on this model, and only the baselines that shrink the input save there.</p>
 <h2>Accuracy against cost</h2>
 <figure><img alt="Pareto plot" src="$pareto"></figure>
 <h2>What is kept</h2>
