@@ -145,14 +145,15 @@ def _speed_part(caption: str, runs: list[list[Row]]) -> str:
 
 def kernels(rows: list[Row], everything: bool) -> str:
     """A line for each op, size and dtype; the sizes of tests only on demand."""
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if everything or row["size"] != "tiny":
-            key = (_machine(row), row["op"], row["size"], row["dtype"])
+            key = ((_machine(row), row["repeats"]), row["op"], row["size"], row["dtype"])
             groups.setdefault(key, {})[row["contestant"]] = row
     heads = ["op", "time", "of eager", "of compiled", "of SDPA", "of the limit", "path"]
-    tables: dict[str, list[list[str]]] = {}
-    missing: dict[str, dict[str, None]] = {}
+    # what one caption describes shares a table
+    tables: dict[tuple[str, int], list[list[str]]] = {}
+    missing: dict[tuple[str, int], dict[str, None]] = {}
     for (place, *_), group in groups.items():
         ours = group["mmaccel"]
         rivals = [group.get(name) for name in ("eager", "compiled", "sdpa")]
@@ -170,14 +171,14 @@ def kernels(rows: list[Row], everything: bool) -> str:
                 missing.setdefault(place, {})[f"No {row['contestant']} `{row['op']}`: {row['missing']}."] = None
     parts = []
     for place, lines in tables.items():
-        one = next(row for row in rows if _machine(row) == place)
+        one = next(row for row in rows if (_machine(row), row["repeats"]) == place)
         gpu = "" if any(row["device"] != "cpu" for row in rows) else " No GPU figure exists yet."
         caption = (
             f"**Random inputs**, {one['device']}, median of {one['repeats']} warm rounds in turn; of eager, compiled "
             "and SDPA: the op's time as a share of that of plain torch, of the same under `torch.compile` and of dense "
             "attention over all rows; of the limit: the time that the bytes or the matrix products alone must take, at "
             "the copy bandwidth and the matmul rate measured in the same rounds, as a share of the op's."
-            f"{' '.join(['', *missing.get(place, {})])}{gpu} {place}"
+            f"{' '.join(['', *missing.get(place, {})])}{gpu} {place[0]}"
         )
         parts.append(_markdown(heads, lines, caption))
     return "\n".join(parts)

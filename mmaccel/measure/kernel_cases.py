@@ -33,7 +33,8 @@ class Case:
     shape: the size in words. ours: the op as users call it. eager: the same result in plain torch, written as one would
     without the op. moved: bytes that any implementation must read and write, each input and output once. flops: of the
     matrix products that any implementation must do, a multiplication and an addition counted as two. sdpa: torch's
-    fused attention over the whole problem, for ops that are part of an attention or save one.
+    fused attention over the whole problem, for ops that are part of an attention or save one. steps: of the Python loop
+    in `eager`, which torch.compile would write out one behind the other.
     """
 
     shape: str
@@ -43,6 +44,7 @@ class Case:
     moved: int
     flops: int
     sdpa: Callable[..., Any] | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def _diverse(B: int, N: int, D: int, k: int, *, device: torch.device, dtype: tor
         moved=x.nbytes + scores.nbytes + 8 * B * k,
         # the similarity of every token with every chosen one
         flops=2 * B * N * k * D,
+        steps=k,
     )
 
 
@@ -239,6 +242,7 @@ def _windows(B: int, T: int, S: int, *, device: torch.device, dtype: torch.dtype
         eager=eager,
         moved=static.nbytes + 16 * B * T,
         flops=0,
+        steps=T * (T - 1) // 2,
     )
 
 

@@ -33,6 +33,7 @@ OURS = "mmaccel"
 # Larger than any cache; and a product that keeps the units busy, in a fraction of a second.
 _COPIED_BYTES = 1 << 28
 _BRIEF = 0.1  # seconds
+_UNROLLED = 500  # steps of a loop that torch.compile takes minutes for
 _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -193,6 +194,8 @@ def _measure(
 
 def _compiled(case: Case) -> Callable[..., Any] | str:
     """The plain form under torch.compile, ready to run; or why it cannot be compiled here."""
+    if case.steps > _UNROLLED:
+        return f"its loop of {case.steps} steps would be written out one behind the other"
     # an earlier case must not turn this one into a graph for many shapes
     torch.compiler.reset()
     compiled = torch.compile(case.eager, dynamic=False)

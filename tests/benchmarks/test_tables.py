@@ -260,12 +260,13 @@ def test_committed_results_are_those_of_the_committed_scenarios(path):
     newest = {row["benchmark"]: row for row in sorted(read_rows(path), key=lambda row: row["time"])}
     for name, row in newest.items():
         scenario = SCRIPT.parent / f"{name}.toml"
-        if not scenario.exists():
-            continue  # made by a script of its own
+        assert scenario.exists()
+        if path != SCRIPT.parent / "results" / f"{name}.jsonl":
+            continue  # of another machine, or with options replaced
         expected = json.loads(json.dumps(options_of(load_scenario(scenario))))
-        stored = row.get("options", {})
-        if stored.keys() != expected.keys():
-            continue  # from before rows stored all options of today; to go with the next run
+        if name == "kernels/speed":
+            continue  # its rows depend on nothing that they do not say
+        stored = row["options"]
         # results do not depend on the number of processes
         assert stored | {"workers": None} == expected | {"workers": None}
 
