@@ -89,4 +89,4 @@ class GridReducer(Method):
             self.info.name, reduce, score=score, positions=self.positions, stage=self.info.stage
         )
         if self.keep == 1 and isinstance(self.keep, int):
-            installer.report.note(f"{self.info.name}: keep=1 keeps one token; write keep=1.0 to keep all of them")
+            installer.report.note(f"{self.info.name}: keep=1 keeps one; write keep=1.0 to keep all")

@@ -114,7 +114,7 @@ class VideoLM:
         """The arguments of an encoder call by name."""
         bound = self._signatures[modality].bind_partial(self.root, *args, **kwargs)
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        if modality == "video" and "pixel_values_videos" not in named:  # LLaVA's name for them before transformers 5.22
+        if modality == "video" and "pixel_values_videos" not in named:  # what LLaVA calls them in older transformers
             named["pixel_values_videos"] = named.get("pixel_values")
         return named
 

@@ -153,7 +153,7 @@ def _angles(level: Level, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.T
     if cos.dim() == 3:
         cos, sin = level.placement.together(rows=(cos, sin))
         return cos, sin
-    # M-RoPE before transformers 5.18: one table an axis, [3, B, S, D], merged inside of attention
+    # M-RoPE of older transformers: one table an axis, [3, B, S, D], merged inside of attention
     moved = level.placement.together(rows=(*cos, *sin))
     return torch.stack(moved[: len(cos)]), torch.stack(moved[len(cos) :])
 
