@@ -122,11 +122,12 @@ def fit_layer(site: Site, number: int, fitting: set[int]) -> Callable[..., Any]:
         # layers read position_ids only to find packed sequences, and would take the gaps of dropped tokens for borders
         changed: dict[str, Any] = {"position_ids": None}
         if inner:
-            # layers of different kinds get different masks
-            memo = (id(level), id(kept), id(kwargs.get("attention_mask")))
+            # layers of different kinds get different masks; one that is kept cannot give its id to the next
+            mask = kwargs.get("attention_mask")
+            memo = (id(level), id(kept), id(mask))
             if memo not in forward.shared:
-                forward.shared[memo] = _keywords(site, forward, number, kwargs, level, kept)
-            changed |= forward.shared[memo]
+                forward.shared[memo] = mask, _keywords(site, forward, number, kwargs, level, kept)
+            changed |= forward.shared[memo][1]
         return args, {**kwargs, **changed}
 
     return hook
