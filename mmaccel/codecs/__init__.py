@@ -6,14 +6,25 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmaccel.codecs.reader import Video as Video
-    from mmaccel.codecs.reader import VideoWarning as VideoWarning
+    from mmaccel.codecs.reader import iter_video as iter_video
     from mmaccel.codecs.reader import load_video as load_video
+    from mmaccel.codecs.reader import load_videos as load_videos
+    from mmaccel.codecs.video import Part as Part
+    from mmaccel.codecs.video import Video as Video
+    from mmaccel.codecs.video import VideoWarning as VideoWarning
     from mmaccel.codecs.writer import write_video as write_video
 
-_HOMES = {"Video": "reader", "VideoWarning": "reader", "load_video": "reader", "write_video": "writer"}
+_HOMES = {
+    "Part": "video",
+    "Video": "video",
+    "VideoWarning": "video",
+    "iter_video": "reader",
+    "load_video": "reader",
+    "load_videos": "reader",
+    "write_video": "writer",
+}
 
-__all__ = ["Video", "VideoWarning", "load_video", "write_video"]
+__all__ = ["Part", "Video", "VideoWarning", "iter_video", "load_video", "load_videos", "write_video"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,109 +1,80 @@
-"""Exact sampled frames of a video file, upright and in RGB, through PyAV."""
+"""Exact sampled frames of video files, upright and in RGB: one video, one in parts, or many."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
-from mmaccel.codecs.decode import Canvas, FrameMismatchError, decode_in_order, decode_slots, survey
-from mmaccel.codecs.packets import PacketTable, Source, VideoSource, scan
-from mmaccel.codecs.sampling import OnShort, Size, as_numbers, frame_indices, target_size, whole_number
+from mmaccel.codecs.picture import Interpolation
+from mmaccel.codecs.pool import Crew
+from mmaccel.codecs.reading import Options, Reading
+from mmaccel.codecs.sampling import OnShort, Request, Size, target_size, whole_number
+from mmaccel.codecs.source import Source, VideoSource
+from mmaccel.codecs.video import Part, Video, video_of
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Interpolation", "Video", "VideoWarning", "load_video"]
+    from mmaccel.codecs.groups import Group
+    from mmaccel.codecs.reading import Outcome
 
-Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
+__all__ = ["Normalize", "iter_video", "load_video", "load_videos"]
+
+Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
 _MOST_THREADS = 256
-
-
-class VideoWarning(UserWarning):
-    """A video was read, but part of it was damaged or missing."""
-
-
-@dataclass(frozen=True, eq=False)
-class Video:
-    """Sampled frames of one video, and where they come from.
-
-    frames: uint8 [N, C, H, W], RGB, contiguous, upright. pts: float64 [N], seconds after the video's first frame.
-    indices: int64 [N], the frame numbers asked for, in presentation order from 0. total: how many frames the video has.
-    fps: mean frames a second. duration: seconds, the last frame's display time included. rotation: clockwise degrees
-    (0, 90, 180, 270) by which the stored pictures were turned to come upright. height, width: pixels of the upright
-    video before `size`. lost: how many frames are known to be damaged or cut off. replaced: those of `indices` that are
-    lost and show their nearest decodable neighbour instead. decoded: how many frames had to be decoded.
-    """
-
-    frames: torch.Tensor = field(repr=False)
-    pts: torch.Tensor = field(repr=False)
-    indices: torch.Tensor
-    total: int
-    fps: float
-    duration: float
-    rotation: int
-    height: int
-    width: int
-    lost: int
-    replaced: tuple[int, ...]
-    decoded: int
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def numpy(self) -> np.ndarray:
-        """Give the frames as uint8 [N, H, W, C]: a view, for what wants channels last."""
-        return self.frames.permute(0, 2, 3, 1).numpy()
-
-    @property
-    def metadata(self) -> dict[str, object]:
-        """The same facts in the fields of transformers' VideoMetadata.
-
-        Use: `processor(videos=[v.frames], video_metadata=[v.metadata], do_sample_frames=False, ...)`; without the last
-        argument some processors sample a second time.
-        """
-        return {
-            "total_num_frames": self.total,
-            "fps": self.fps,
-            "width": self.width,
-            "height": self.height,
-            "duration": self.duration,
-            "video_backend": "pyav",
-            "frames_indices": self.indices.tolist(),
-        }
+_USUAL_THREADS = 16
 
 
 def load_video(
     src: VideoSource,
     frames: int | None = None,
     *,
+    fps: float | None = None,
     indices: Iterable[int] | None = None,
+    seconds: Iterable[float] | None = None,
     size: Size = None,
     interpolation: Interpolation = "BICUBIC",
     on_short: OnShort = "error",
+    snap: Literal["keyframe"] | None = None,
+    skip_nonref: bool = True,
+    normalize: Normalize | None = None,
+    device: str | torch.device | None = None,
     threads: int | None = None,
 ) -> Video:
     """Read exactly the wanted frames of a video, upright, in RGB, resized if asked.
 
     src is a path, a URL that FFmpeg opens, the encoded bytes, or a binary file object (read from its start, left open).
-    frames=N samples N frames evenly, the first and the last included; indices=[...] takes frame numbers in presentation
-    order, order and duplicates kept, negative ones from the end; with neither, 32 frames or, of a shorter video, all.
-    on_short says what frames=N does when there are fewer: "error", "all" (each once) or "repeat" (evenly, up to N).
-    size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as square.
-    A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free memory.
-    threads is the number of decoding threads, at most 256, by default one a core and at most 8.
 
-    Colours follow the stream's own matrix and range (BT.601 where it states none); conversion and resizing are one
-    libswscale pass. Rotated and mirrored recordings come upright (turns that are no multiple of 90 degrees go to the
-    nearest one). Frames are told apart by presentation time, so variable frame rates, B-frames and edit lists are
-    exact; decoding starts at the keyframe before a wanted frame where that saves work, and ends at the last wanted one.
-    A still image is a video of one frame, turned and mirrored as its EXIF data say.
+    Which frames: frames=N samples N frames evenly, the first and the last included; indices=[...] takes frame numbers in
+    presentation order, negative ones from the end; seconds=[...] takes the frames that are shown at these times after
+    the first frame, fps=r those at 0, 1/r, 2/r ... before the end. Order and duplicates are kept. With none of these, 32
+    frames or, of a shorter video, all. on_short says what frames=N does when there are fewer: "error", "all" (each once)
+    or "repeat" (evenly, up to N). snap="keyframe" takes the keyframe nearest to each wanted frame instead: much faster,
+    and approximate; `indices` and `pts` are then those of the keyframes.
+
+    How: size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as square.
+    A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free memory.
+    normalize=(mean, std), each a number or three, gives float32 (frames / 255 - mean) / std. device is where the frames
+    come to lie. threads is the number of decoding threads, at most 256, by default one a core and at most 16.
+
+    Only groups of pictures that hold wanted frames are decoded, each from its keyframe to its last wanted frame by one
+    thread, the longest first; frames that no other refers to are left out where they are not wanted (skip_nonref=False
+    decodes them, to the same result). Where there are fewer groups than threads, FFmpeg's threads help inside of them.
+    The frames are the same for any number of threads.
+
+    Colours follow the stream's own matrix and range (BT.601 where it states none): libswscale's unscaled conversion to
+    RGB, then each colour resized by libswscale. Rotated and mirrored recordings come upright (turns that are no multiple
+    of 90 degrees go to the nearest one). Frames are told apart by presentation time, so variable frame rates, B-frames,
+    open groups of pictures and edit lists are exact. A still image is a video of one frame, turned and mirrored as its
+    EXIF data say. Pictures that change their size within a video all get that of the first wanted one.
 
     Damaged videos, clips that start inside a group of pictures among them: every frame keeps its number whatever is
     asked for, which is its place in presentation order among the file's packets (among the decoder's outputs where the
@@ -115,73 +86,175 @@ def load_video(
     Raises VideoError: wrong type, missing, a directory, empty, not a video, no video stream, nothing decodable, or a
     request that the video cannot satisfy.
     """
-    if frames is not None and indices is not None:
-        raise VideoError("give frames or indices, not both")
-    if frames is None and indices is None:
-        frames, on_short = 32, "all"
+    request = Request.of(frames, fps, indices, seconds, on_short)
+    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    with Crew["Outcome"](_threads(threads)) as crew:
+        reading = Reading(Source(src), request, options)
+        outcome = crew.result(crew.add(reading))
+    return video_of(outcome, reading.source.name, finish(outcome.canvas.frames), stacklevel=2)
+
+
+def iter_video(
+    src: VideoSource,
+    frames: int | None = None,
+    *,
+    fps: float | None = None,
+    indices: Iterable[int] | None = None,
+    seconds: Iterable[float] | None = None,
+    size: Size = None,
+    interpolation: Interpolation = "BICUBIC",
+    on_short: OnShort = "error",
+    snap: Literal["keyframe"] | None = None,
+    skip_nonref: bool = True,
+    normalize: Normalize | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+) -> Iterator[Part]:
+    """Give the rows of `load_video` in parts, in order, each as soon as it is decoded, so that encoding may start early.
+
+    A part holds the frames of one group of pictures, or of several where rows were asked for in another order than that
+    of time. Decoding goes on in the meantime; leaving the loop early ends it. Of a damaged video all that is left comes
+    as one last part. Arguments and errors are those of `load_video`; a bad argument is an error of the call, a bad video
+    one of the first part. The frames of all parts are held until the end.
+    """
+    request = Request.of(frames, fps, indices, seconds, on_short)
+    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    return _parts(Source(src), request, options, finish, _threads(threads))
+
+
+def _parts(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Iterator[Part]:
+    # A group that is drawn, or None: the outcome is there.
+    news: SimpleQueue[Group | None] = SimpleQueue()
+    reading = Reading(source, request, options, in_time=True, drawn=news.put)
+    there: set[int] = set()
+    row = 0
+    with Crew["Outcome"](threads) as crew:
+        ticket = crew.add(reading, lambda: news.put(None))
+        while (group := news.get()) is not None:
+            there.update(group.slots)
+            numbers, start = reading.numbers, row
+            while row < len(numbers) and int(numbers[row]) in there:
+                row += 1
+            if row > start:
+                yield Part(
+                    start=start,
+                    frames=finish(reading.canvas.frames[start:row]),
+                    pts=torch.from_numpy(reading.seconds[start:row]),
+                    indices=torch.from_numpy(numbers[start:row]),
+                )
+        outcome = crew.result(ticket)
+    video = video_of(outcome, source.name, outcome.canvas.frames, stacklevel=2)
+    if row < len(video):
+        yield Part(row, finish(video.frames[row:]), video.pts[row:], video.indices[row:])
+
+
+def load_videos(
+    sources: Iterable[VideoSource],
+    frames: int | None = None,
+    *,
+    fps: float | None = None,
+    seconds: Iterable[float] | None = None,
+    indices: Iterable[int] | None = None,
+    size: Size = None,
+    interpolation: Interpolation = "BICUBIC",
+    on_short: OnShort = "error",
+    snap: Literal["keyframe"] | None = None,
+    skip_nonref: bool = True,
+    normalize: Normalize | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    on_error: Literal["return", "raise"] = "return",
+) -> list[Video | VideoError]:
+    """Read the same frames of many videos with one set of threads; the results are in the order of the sources.
+
+    Each thread reads a video of its own, and at the end idle ones help with those that are left. At most `threads` videos
+    are open at once. A video that cannot be read has its VideoError in its place and does not disturb the others;
+    on_error="raise" raises the first one. Other arguments are those of `load_video`, and so are the frames.
+    """
+    if on_error not in ("return", "raise"):
+        raise VideoError(f'on_error must be "return" or "raise", not {on_error!r}')
+    if isinstance(sources, (str, bytes, os.PathLike)) or hasattr(sources, "read"):
+        raise VideoError("load_videos takes a list of videos; for one video use load_video")
+    request = Request.of(frames, fps, indices, seconds, on_short)
+    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    videos: list[Video | VideoError] = []
+    with Crew["Outcome"](_threads(threads)) as crew:
+        entries = deque(_entry(crew, src, request, options) for src in sources)
+        while entries:
+            entry = entries.popleft()
+            try:
+                if isinstance(entry, VideoError):
+                    raise entry
+                reading, ticket = entry
+                outcome = crew.result(ticket)
+                videos.append(video_of(outcome, reading.source.name, finish(outcome.canvas.frames), stacklevel=2))
+            except VideoError as error:
+                if on_error == "raise":
+                    raise
+                videos.append(error)
+    return videos
+
+
+def _entry(crew: Crew[Outcome], src: VideoSource, request: Request, options: Options):
+    try:
+        reading = Reading(Source(src), request, options)
+    except VideoError as error:
+        return error
+    return reading, crew.add(reading)
+
+
+def _options(size: Size, interpolation: Interpolation, snap: str | None, skip_nonref: bool) -> Options:
     if interpolation not in get_args(Interpolation):
         raise VideoError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, not {interpolation!r}")
-    asked = None if indices is None else as_numbers(indices)
+    if snap not in (None, "keyframe"):
+        raise VideoError(f'snap must be None or "keyframe", not {snap!r}')
     target_size(1, 1, size)
-    workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
-    if not 1 <= workers <= _MOST_THREADS:
+    return Options(size, interpolation, bool(skip_nonref), snap is not None)
+
+
+def _threads(threads: int | None) -> int:
+    count = min(_cores(), _USUAL_THREADS) if threads is None else whole_number(threads, "threads")
+    if not 1 <= count <= _MOST_THREADS:
         raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
-    source = Source(src)
-    table = scan(source)
+    return count
 
-    # Where times are guessed, the picture behind a jump may be another than its time says.
-    ways = () if not table.exact else (False,) if table.guessed else (True, False)
-    for seek in ways:
-        wanted = frame_indices(len(table.pts), frames, asked, on_short, source.name, table.cut)
-        canvas = Canvas(wanted, size, interpolation, table.exif)
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is done to the frames after decoding: normalised, and moved to a device."""
+
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, normalize: Normalize | None, device: str | torch.device | None) -> Finish:
+        """Check the arguments."""
         try:
-            decoded = decode_slots(source, table, canvas, workers, seek)
-        except FrameMismatchError:
-            continue
-        total, times, lost, replaced, everything = len(table.pts), table.pts, table.cut, (), len(table.pts) + table.cut
-        break
-    else:
-        found = survey(source, table)
-        total, times, lost = found.total, found.times, found.lost + table.cut
-        everything = total + found.unplaced + table.cut
-        wanted = frame_indices(total, frames, asked, on_short, source.name, table.cut)
-        shown = found.nearest(wanted)
-        canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), size, interpolation, table.exif)
-        decoded = found.decoded + decode_in_order(source, canvas)
-        replaced = tuple(sorted(set(wanted[shown != wanted].tolist()) - found.held))
+            place = torch.device("cpu" if device is None else device)
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise VideoError(f"frames cannot be put on device {device!r} ({reason})") from error
+        if normalize is None:
+            return cls(None, None, place)
+        try:
+            mean, std = (torch.tensor(np.broadcast_to(value, 3).copy(), dtype=torch.float32) for value in normalize)
+        except (TypeError, ValueError):
+            raise VideoError(f"normalize must be (mean, std), each a number or three, not {normalize!r}") from None
+        if not (std > 0).all() or not mean.isfinite().all():
+            raise VideoError(f"normalize needs a finite mean and a std above 0, not {normalize!r}")
+        return cls(mean.view(3, 1, 1), std.view(3, 1, 1), place)
 
-    seconds, fps, duration = _clock(total, times, table)
-    if lost:
-        instead = f"; {len(replaced)} of the wanted ones show a neighbour instead" if replaced else ""
-        warnings.warn(
-            f"{source.name}: {lost} of {everything} frames are lost, damaged or cut off{instead}",
-            VideoWarning,
-            stacklevel=2,
-        )
-    return Video(
-        frames=canvas.frames,
-        pts=torch.from_numpy(seconds[wanted]),
-        indices=torch.from_numpy(wanted),
-        total=total,
-        fps=fps,
-        duration=duration,
-        rotation=canvas.rotation,
-        height=canvas.height,
-        width=canvas.width,
-        lost=lost,
-        replaced=replaced,
-        decoded=decoded,
-    )
-
-
-def _clock(total: int, times: np.ndarray | None, table: PacketTable) -> tuple[np.ndarray, float, float]:
-    """Turn ticks into seconds after the first frame [total], the mean frame rate and the duration in seconds."""
-    rate = table.rate or 1.0
-    if times is None:
-        return np.arange(total) / rate, rate, total / rate
-    seconds = (times - times[0]) * table.tick
-    shown = float(seconds[-1])
-    # The header's rate is the exact one where the container rounds times to ticks; where it disagrees, it is wrong.
-    if shown > 0 and abs((total - 1) / rate - shown) > 2 * table.tick:
-        rate = (total - 1) / shown
-    return seconds, rate, shown + (table.span * table.tick or 1 / rate)
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames uint8 [N, 3, H, W] as they are wanted."""
+        frames = frames.to(self.device)
+        if self.mean is None or self.std is None:
+            return frames
+        scaled = frames.to(torch.float32).div_(255)
+        return scaled.sub_(self.mean.to(self.device)).div_(self.std.to(self.device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +17,7 @@ from mmaccel.errors import VideoError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["OnShort", "Size", "allocate", "as_numbers", "frame_indices", "target_size", "whole_number"]
+__all__ = ["OnShort", "Request", "Size", "allocate", "as_numbers", "target_size", "whole_number"]
 
 OnShort = Literal["error", "all", "repeat"]
 Size = int | tuple[int, int] | None
@@ -51,46 +53,131 @@ def _countable(count: int, what: str) -> None:
         raise VideoError(f"{what}: at most {_MOST_FRAMES} frames can be read in one call; read them in parts")
 
 
-def frame_indices(
-    total: int,
-    frames: int | None,
-    indices: list[int] | None,
-    on_short: OnShort = "error",
-    name: str = "the video",
-    cut: int = 0,
-) -> np.ndarray:
-    """Turn a request for frames of a video that has `total` of them into frame numbers, int64 [N].
+@dataclass(frozen=True)
+class Request:
+    """Which frames of a video are wanted: exactly one of `frames`, `fps`, `indices`, `seconds`; none of them is up to 32.
 
-    `frames=N` gives linspace(0, total - 1, N), each value rounded to the nearest whole number (halves to the even one):
-    the first and the last frame are always in, N = 1 is the first frame. `indices`, if given, are taken as they are:
-    order and duplicates kept, negative ones counted from the end.
-
-    Raises VideoError for fewer than one frame, an index outside the video, or more frames than there are; `on_short`
-    changes the last one: "all" takes every frame once, "repeat" repeats frames evenly until there are N. `cut`, the
-    number of frames that the file announces but ends before, is for the message.
+    Raises VideoError for a value that no video can satisfy.
     """
-    if on_short not in ("error", "all", "repeat"):
-        raise VideoError(f'on_short must be "error", "all" or "repeat", not {on_short!r}')
-    early = f" (it ends early: {cut} more are announced)" if cut else ""
-    if indices is not None:
-        for index in indices:
-            if not -total <= index < total:
+
+    frames: int | None = None
+    fps: float | None = None
+    indices: tuple[int, ...] | None = None
+    seconds: tuple[float, ...] | None = None
+    on_short: OnShort = "error"
+
+    @classmethod
+    def of(
+        cls,
+        frames: int | None = None,
+        fps: float | None = None,
+        indices: Iterable[int] | None = None,
+        seconds: Iterable[float] | None = None,
+        on_short: OnShort = "error",
+    ) -> Request:
+        """Check and normalise what the caller has given."""
+        given = [
+            name
+            for name, value in (("frames", frames), ("fps", fps), ("indices", indices), ("seconds", seconds))
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise VideoError(f"give one of frames, fps, indices and seconds, not {' and '.join(given)}")
+        if on_short not in ("error", "all", "repeat"):
+            raise VideoError(f'on_short must be "error", "all" or "repeat", not {on_short!r}')
+        if not given:
+            return cls(frames=32, on_short="all")
+        if frames is not None:
+            count = whole_number(frames, "frames")
+            if count < 1:
+                raise VideoError(f"frames must be at least 1, got {count}")
+            return cls(frames=count, on_short=on_short)
+        if fps is not None:
+            rate = _real_number(fps, "fps")
+            if rate <= 0:
+                raise VideoError(f"fps must be above 0, got {fps}")
+            return cls(fps=rate)
+        if indices is not None:
+            return cls(indices=tuple(as_numbers(indices)))
+        return cls(seconds=tuple(_as_times(seconds)))
+
+    @property
+    def timed(self) -> bool:
+        """Whether the times of all frames must be known to answer it."""
+        return self.fps is not None or self.seconds is not None
+
+    def slots(
+        self, total: int, name: str, cut: int = 0, times: np.ndarray | None = None, duration: float = 0.0
+    ) -> np.ndarray:
+        """Turn the request into frame numbers, int64 [N], of a video of `total` frames.
+
+        `frames=N` gives linspace(0, total - 1, N), each value rounded to the nearest whole number (halves to the even
+        one): the first and the last frame are always in, N = 1 is the first frame; `on_short` says what happens where
+        there are fewer. `indices` are taken as they are, negative ones counted from the end. `seconds` are times after
+        the first frame, `fps=r` stands for the times 0, 1/r, 2/r ... before the end: each gives the frame that is shown
+        at that time. Order and duplicates are kept.
+
+        `cut` is the number of frames that the file announces but ends before. `times` float64 [total] (for timed
+        requests): when each frame is shown, in seconds after the first one, with half the container's clock tick
+        subtracted, as containers round times; `duration`: when the last one ends.
+
+        Raises VideoError for what is outside of the video.
+        """
+        early = f" (it ends early: {cut} more are announced)" if cut else ""
+        if self.indices is not None:
+            for index in self.indices:
+                if not -total <= index < total:
+                    raise VideoError(
+                        f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}"
+                    )
+            return np.array([index % total for index in self.indices], dtype=np.int64)
+        if self.frames is not None:
+            count = self.frames
+            if count > total and self.on_short == "error":
                 raise VideoError(
-                    f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}"
+                    f"{name} has {total} frame(s){early}, {count} were asked for; ask for at most {total}, "
+                    'or pass on_short="all" (each frame once) or on_short="repeat" (frames repeated)'
                 )
-        return np.array([index % total for index in indices], dtype=np.int64)
-    count = whole_number(frames, "frames")
-    if count < 1:
-        raise VideoError(f"frames must be at least 1, got {count}")
-    if count > total and on_short == "error":
-        raise VideoError(
-            f"{name} has {total} frame(s){early}, {count} were asked for; ask for at most {total}, "
-            'or pass on_short="all" (each frame once) or on_short="repeat" (frames repeated)'
-        )
-    if on_short == "all":
-        count = min(count, total)
-    _countable(count, "frames")
-    return np.linspace(0, total - 1, count).round().astype(np.int64)
+            if self.on_short == "all":
+                count = min(count, total)
+            _countable(count, "frames")
+            return np.linspace(0, total - 1, count).round().astype(np.int64)
+        assert times is not None
+        if self.seconds is not None:
+            asked = np.array(self.seconds)
+            outside = asked[(asked < 0) | (asked > duration)]
+            if len(outside):
+                raise VideoError(
+                    f"second {outside[0]:g} is outside {name}, which lasts from 0 to {duration:g} s{early}"
+                )
+        else:
+            assert self.fps is not None
+            _countable(int(min(duration * self.fps, 1e9)), f"fps={self.fps:g}")
+            asked = np.arange(max(1, math.ceil(duration * self.fps - 1e-6))) / self.fps
+        return np.maximum(np.searchsorted(times, asked, side="right") - 1, 0).astype(np.int64)
+
+
+def _real_number(value: object, what: str) -> float:
+    if isinstance(value, bool):
+        raise VideoError(f"{what} must be a number, not {value!r}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise VideoError(f"{what} must be a number, not {value!r}") from None
+    if not math.isfinite(number):
+        raise VideoError(f"{what} must be finite, not {value!r}")
+    return number
+
+
+def _as_times(seconds: Iterable[float] | None) -> list[float]:
+    try:
+        items = list(islice(seconds or (), _MOST_FRAMES + 1))
+    except TypeError:
+        raise VideoError(f"seconds must be a sequence of numbers, not {seconds!r}") from None
+    if not items:
+        raise VideoError("seconds is empty; ask for at least one frame")
+    _countable(len(items), "seconds")
+    return [_real_number(item, "each of seconds") for item in items]
 
 
 def target_size(height: int, width: int, size: Size) -> tuple[int, int]:

@@ -75,8 +75,14 @@ def sequential(path: Path, size: tuple[int, int] | None = None) -> list[np.ndarr
         frames = container.decode(video=0)
         if size is None:
             return [frame.to_ndarray(format="rgb24") for frame in frames]
-        height, width = size
-        return [frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray() for frame in frames]
+        return [resized(frame.to_ndarray(format="rgb24"), *size) for frame in frames]
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each colour of an image [H, W, 3] resized by libswscale as a picture in grey."""
+    planes = [av.VideoFrame.from_ndarray(np.ascontiguousarray(image[..., c]), format="gray") for c in range(3)]
+    small = [plane.reformat(width, height, "gray", interpolation="BICUBIC").to_ndarray() for plane in planes]
+    return np.stack(small, axis=-1)
 
 
 B_FRAMES = {"bf": "3", "g": "12"}

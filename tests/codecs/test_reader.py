@@ -23,7 +23,7 @@ from clips import JITTER, RECIPES, Recipe, encode, number_in, picture, sequentia
 from PIL import Image
 
 from mmaccel.codecs import Video, VideoWarning, load_video
-from mmaccel.codecs.decode import Canvas
+from mmaccel.codecs.canvas import Canvas
 from mmaccel.errors import VideoError
 
 Clip = Callable[[str], Path]
@@ -76,20 +76,26 @@ def test_sampling_works_at_every_single_frame(clip: Clip) -> None:
 
 @pytest.mark.parametrize("name", ["b-frames.mp4", "b-frames.mkv", "b-frames.ts", "fragments.mp4", "hevc.mp4"])
 def test_decoding_starts_at_the_keyframe_and_ends_at_the_last_wanted_frame(clip: Clip, name: str) -> None:
-    assert load_video(clip(name), indices=[40], threads=1).decoded == 5  # keyframes are at 0, 12, 24, 36, 48
-    assert load_video(clip(name), indices=[40, 2], threads=1).decoded == 3 + 5
-    assert load_video(clip(name), indices=[2], threads=1).decoded == 3
+    def decoded(*indices: int) -> int:
+        return load_video(clip(name), indices=indices, skip_nonref=False).decoded
+
+    assert decoded(40) == 5  # keyframes are at 0, 12, 24, 36, 48
+    assert decoded(40, 2) == 3 + 5
+    assert decoded(2) == 3
+    assert decoded(11, 23, 35) == 36
+    assert load_video(clip(name), indices=[11, 23, 35]).decoded < 36
 
 
 def test_one_group_of_pictures_is_decoded_up_to_the_last_wanted_frame(clip: Clip) -> None:
-    assert load_video(clip("one-gop.mp4"), indices=[30, 7], threads=1).decoded == 31
-    assert load_video(clip("intra.mp4"), indices=[30, 7], threads=1).decoded == 2
+    assert load_video(clip("one-gop.mp4"), indices=[30, 7], skip_nonref=False).decoded == 31
+    assert load_video(clip("one-gop.mp4"), indices=[30, 7]).decoded < 31
+    assert load_video(clip("intra.mp4"), indices=[30, 7]).decoded == 2
 
 
 def test_only_wanted_frames_are_converted(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = Canvas.draw
-    monkeypatch.setattr(Canvas, "draw", lambda self, number, frame: (drawn.append(number), draw(self, number, frame)))
+    monkeypatch.setattr(Canvas, "draw", lambda self, number, *rest: (drawn.append(number), draw(self, number, *rest)))
     load_video(clip("one-gop.mp4"), indices=[30, 7, 7])
     assert drawn == [7, 30]
 
@@ -248,7 +254,7 @@ def test_edit_list_hides_frames_at_both_ends(clip: Clip, tmp_path: Path) -> None
     video = load_video(path, 50)
     assert loaded_numbers(video) == list(range(7, 57))
     assert loaded_numbers(load_video(path, indices=[-1, 0, 30])) == [56, 7, 37]
-    assert load_video(path, indices=[30], threads=1).decoded == 2  # from the keyframe at 36 on
+    assert load_video(path, indices=[30], skip_nonref=False).decoded == 2  # from the keyframe at 36 on
     np.testing.assert_allclose(video.pts.numpy(), np.arange(50) / 8, atol=1e-6)
 
 
@@ -489,7 +495,7 @@ class TestBadInput:
             ({"indices": [-61]}, "frame -61 is outside"),
             ({"indices": [1.5]}, "whole number"),
             ({"indices": [None]}, "whole number"),
-            ({"frames": 4, "indices": [1]}, "not both"),
+            ({"frames": 4, "indices": [1]}, "one of frames, fps, indices and seconds"),
             ({"size": 0}, "at least 1 pixel"),
             ({"size": (0, 5)}, "at least 1 x 1"),
             ({"size": (4, 5, 6)}, "size must be"),
