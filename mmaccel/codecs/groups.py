@@ -51,7 +51,7 @@ class InterlacedError(Exception):
 
 @dataclass(frozen=True)
 class Group:
-    """A group of pictures, or several that share packets, with the wanted frames in it.
+    """A group of pictures and the wanted frames in it.
 
     `key` is the slot at which decoding starts, `key_rank` the place of its packet in the file, `slots` the wanted
     frames in ascending order, `until` the place of the last packet that they need, `cost` how many frames a decoder
@@ -70,8 +70,8 @@ class Group:
 def groups_for(table: PacketTable, slots: np.ndarray) -> list[Group]:
     """Sort wanted slots into the groups that must be decoded for them, in presentation order.
 
-    Leading pictures of an open group are decoded from the keyframe before it; where the group itself is needed too, both
-    make one Group, so that no packet is decoded twice.
+    Leading pictures of an open group belong to the group before, which ends with them: only the keyframe between is
+    decoded twice, where both are needed.
     """
     rows = np.searchsorted(table.slots, np.unique(slots))
     keys = np.flatnonzero(table.keys)
@@ -96,12 +96,6 @@ def groups_for(table: PacketTable, slots: np.ndarray) -> list[Group]:
             cost=last - key + 1,
             steady=bool(table.keys[start]) and holes[end[0] if len(end) else len(table.slots)] == holes[start],
         )
-        if found and found[-1].until >= group.key_rank:
-            before = found.pop()
-            group = Group(
-                before.key, before.key_rank, before.slots + group.slots, max(before.until, group.until),
-                group.slots[-1] - before.key + 1, before.steady and group.steady,
-            )  # fmt: skip
         found.append(group)
     return found
 
@@ -188,11 +182,12 @@ class GroupReader:
     def _enter(self, group: Group, start: int) -> Packet:
         """Go to the keyframe and return its packet."""
         row = self._table.row(group.key)
-        aims: list[int | None] = [start, int(self._table.dts[row])]
+        earlier = np.flatnonzero(self._table.keys[:row])[-1:]
+        aims: list[int | None] = [start, int(self._table.dts[row]), *self._table.dts[earlier].tolist()]
         if self._packets is not None and 0 <= group.key_rank - self._rank <= _READ_ON:
             aims.insert(0, None)
         # Most containers seek by pts, and land a group of pictures early if asked for the dts; MPEG-TS seeks by dts, and
-        # lands behind the keyframe if asked for the pts.
+        # lands behind the keyframe if asked for the pts. Program streams may land behind it in both cases.
         for aim in aims:
             try:
                 if aim is not None:

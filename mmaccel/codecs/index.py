@@ -29,9 +29,7 @@ class _UnexpectedError(Exception):
     """The packets are not those that the index promises."""
 
 
-def look_up(
-    container: InputContainer, stream: VideoStream, choose: Callable[[int], np.ndarray]
-) -> PacketTable | None:
+def look_up(container: InputContainer, stream: VideoStream, choose: Callable[[int], np.ndarray]) -> PacketTable | None:
     """Return the table of what is needed for the frames `choose(total)`, int64 slots; None if the file must be scanned.
 
     For freshly opened MP4 and MOV files with a complete index, without edits that hide frames, whose packets hold one

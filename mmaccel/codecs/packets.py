@@ -80,7 +80,6 @@ class PacketTable:
         keys = np.flatnonzero(self.keys[: row + 1])
         return int(self.slots[keys[-1]]) if len(keys) else int(self.slots[0])
 
-
     def nearest_key(self, slot: int) -> int:
         """The slot nearest to a slot (the earlier of two) at which decoding may start; itself if none is marked."""
         keys = self.slots[self.keys]

@@ -74,7 +74,9 @@ class Painter:
 
     def planes(self, frame: VideoFrame) -> list[np.ndarray]:
         """The stored picture in RGB, native size."""
-        if frame.format.name in _PLANAR and frame.width % 2 == frame.height % 2 == 0:
+        even = frame.width % 2 == frame.height % 2 == 0
+        # FFmpeg 8.1 leaves the last columns of other widths unwritten.
+        if frame.format.name in _PLANAR and even and not 0 < frame.width % 16 <= 8:
             green, blue, red = _views(self._convert.reformat(frame, format="gbrp", threads=1))
             return [red, green, blue]
         packed = self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
@@ -117,4 +119,3 @@ def _layout(frame: VideoFrame, exif: int | None) -> Layout:
         transpose = abs(b) > abs(a)
         right, down = (c < 0, b < 0) if transpose else (a < 0, d < 0)
     return Layout(transpose, tuple(axis for axis, flip in ((2, right), (1, down)) if flip), rotation)
-

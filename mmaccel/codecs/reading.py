@@ -154,7 +154,7 @@ class Reading:
 
     def spare(self) -> bool:
         """Whether enough is left for one more thread."""
-        return self._left > _WORTH_OPENING and not self.source.remote
+        return self._left > _WORTH_OPENING and not self._stop and not self.source.remote
 
     def abandon(self) -> None:
         """Let all threads stop after the frame that they are at."""
@@ -267,7 +267,9 @@ class Reading:
         return Outcome(
             canvas=canvas,
             numbers=numbers,
-            seconds=numbers / clock.fps if found.times is None else (found.times[numbers] - found.times[0]) * table.tick,
+            seconds=numbers / clock.fps
+            if found.times is None
+            else (found.times[numbers] - found.times[0]) * table.tick,
             clock=clock,
             total=found.total,
             lost=found.lost + table.cut,

@@ -236,7 +236,8 @@ def test_a_gap_in_interlaced_video_is_a_loss(tmp_path: Path) -> None:
 
 
 def test_the_second_field_of_a_frame_is_not_lost(tmp_path: Path) -> None:
-    table = scan(Source(interlaced(tmp_path)))
+    with Source(interlaced(tmp_path)).open() as opened:
+        table = scan(*opened)
     times = set(table.pts.tolist())
     frames = {slot: slot // 2 for slot in range(0, 24, 2)}
     assert _held(table, frames, times) == frozenset(range(1, 24, 2))
