@@ -6,14 +6,42 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmaccel.codecs.cache import CacheStats as CacheStats
+    from mmaccel.codecs.cache import CacheWarning as CacheWarning
+    from mmaccel.codecs.cache import FrameCache as FrameCache
+    from mmaccel.codecs.plugin import register as register
+    from mmaccel.codecs.plugin import registered as registered
+    from mmaccel.codecs.plugin import unregister as unregister
     from mmaccel.codecs.reader import Video as Video
     from mmaccel.codecs.reader import VideoWarning as VideoWarning
     from mmaccel.codecs.reader import load_video as load_video
     from mmaccel.codecs.writer import write_video as write_video
 
-_HOMES = {"Video": "reader", "VideoWarning": "reader", "load_video": "reader", "write_video": "writer"}
+_HOMES = {
+    "CacheStats": "cache",
+    "CacheWarning": "cache",
+    "FrameCache": "cache",
+    "Video": "reader",
+    "VideoWarning": "reader",
+    "load_video": "reader",
+    "register": "plugin",
+    "registered": "plugin",
+    "unregister": "plugin",
+    "write_video": "writer",
+}
 
-__all__ = ["Video", "VideoWarning", "load_video", "write_video"]
+__all__ = [
+    "CacheStats",
+    "CacheWarning",
+    "FrameCache",
+    "Video",
+    "VideoWarning",
+    "load_video",
+    "register",
+    "registered",
+    "unregister",
+    "write_video",
+]
 
 
 def __getattr__(name: str) -> object:
