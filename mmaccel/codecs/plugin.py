@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mmaccel.codecs.content import readable_again
 from mmaccel.codecs.reader import load_video
 from mmaccel.errors import ConflictError, NotApplicableError, VideoError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["read_video", "register", "registered", "unregister"]
 
 _NAME = "mmaccel"
-_YOUTUBE = ("youtube.com", "www.youtube.com")
+_YOUTUBE = re.compile(r"\w+://(www\.)?youtube\.com(/|$)")
 _MISSING: Any = object()
 
 
@@ -92,8 +93,7 @@ def read_video(
     """
     from transformers.video_utils import VideoMetadata
 
-    if hasattr(video, "read") and not getattr(video, "closed", False) and not _seekable(video):
-        video = video.read()  # type: ignore[union-attr]
+    video = readable_again(video)
     facts = _facts(video)
     metadata = VideoMetadata(
         total_num_frames=facts.total,
@@ -115,24 +115,18 @@ def _facts(video: VideoSource) -> Video:
     return load_video(video, frames=1)
 
 
-def _seekable(file: Any) -> bool:
-    return hasattr(file, "seekable") and file.seekable()
-
-
 def _fetch(processor: Any, videos: Any, sample_indices_fn: Callable[..., Any] | None = None) -> Any:
     """What takes the place of `fetch_videos`: (frames, metadata) of one video, [all frames, all metadata] of a list."""
-    from transformers.video_utils import is_valid_video
+    from transformers import video_utils
 
-    if isinstance(videos, list) and not is_valid_video(videos):
+    if isinstance(videos, list) and not video_utils.is_valid_video(videos):
         parts = [processor.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in videos]
         return list(zip(*parts, strict=True))
-    if isinstance(videos, str) and urlparse(videos).netloc in _YOUTUBE:
-        from transformers.video_utils import load_video as load_with_transformers
-
-        return load_with_transformers(videos, backend=_NAME, sample_indices_fn=sample_indices_fn)
-    if is_valid_video(videos):
+    if isinstance(videos, str) and _YOUTUBE.match(videos):
+        return video_utils.load_video(videos, backend=_NAME, sample_indices_fn=sample_indices_fn)  # type: ignore[arg-type]
+    if video_utils.is_valid_video(videos):
         return _as_given(videos)
-    return read_video(videos, sample_indices_fn)
+    return read_video(cast("VideoSource", videos), sample_indices_fn)
 
 
 def _as_given(frames: Any) -> tuple[Any, VideoMetadata]:
@@ -196,9 +190,7 @@ class _State:
             )
 
         @functools.wraps(vars(home)["fetch_videos"])
-        def fetch_videos(
-            self: Any, video_url_or_urls: Any, sample_indices_fn: Callable[..., Any] | None = None
-        ) -> Any:
+        def fetch_videos(self: Any, video_url_or_urls: Any, sample_indices_fn: Callable[..., Any] | None = None) -> Any:
             return _fetch(self, video_url_or_urls, sample_indices_fn)
 
         return [(decoders, _NAME, read_video), (home, "fetch_videos", fetch_videos)]

@@ -34,7 +34,7 @@ def as_found() -> Iterator[None]:
     decoders, method = dict(video_utils.VIDEO_DECODERS), vars(HOME)["fetch_videos"]
     yield
     unregister()
-    assert video_utils.VIDEO_DECODERS == decoders
+    assert decoders == video_utils.VIDEO_DECODERS
     assert vars(HOME)["fetch_videos"] is method
 
 
@@ -273,10 +273,10 @@ def test_on_and_off_by_identity() -> None:
     ours = vars(HOME)["fetch_videos"]
     register()
     assert vars(HOME)["fetch_videos"] is ours is not method
-    assert video_utils.VIDEO_DECODERS == {**before, "mmaccel": plugin.read_video}
+    assert {**before, "mmaccel": plugin.read_video} == video_utils.VIDEO_DECODERS
     unregister()
     assert vars(HOME)["fetch_videos"] is method
-    assert video_utils.VIDEO_DECODERS == before
+    assert before == video_utils.VIDEO_DECODERS
     unregister()
 
 
