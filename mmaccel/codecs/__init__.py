@@ -6,6 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmaccel.codecs.cache import CacheStats as CacheStats
+    from mmaccel.codecs.cache import CacheWarning as CacheWarning
+    from mmaccel.codecs.cache import FrameCache as FrameCache
+    from mmaccel.codecs.plugin import register as register
+    from mmaccel.codecs.plugin import registered as registered
+    from mmaccel.codecs.plugin import unregister as unregister
     from mmaccel.codecs.reader import iter_video as iter_video
     from mmaccel.codecs.reader import load_video as load_video
     from mmaccel.codecs.reader import load_videos as load_videos
@@ -15,16 +21,36 @@ if TYPE_CHECKING:
     from mmaccel.codecs.writer import write_video as write_video
 
 _HOMES = {
+    "CacheStats": "cache",
+    "CacheWarning": "cache",
+    "FrameCache": "cache",
     "Part": "video",
     "Video": "video",
     "VideoWarning": "video",
     "iter_video": "reader",
     "load_video": "reader",
     "load_videos": "reader",
+    "register": "plugin",
+    "registered": "plugin",
+    "unregister": "plugin",
     "write_video": "writer",
 }
 
-__all__ = ["Part", "Video", "VideoWarning", "iter_video", "load_video", "load_videos", "write_video"]
+__all__ = [
+    "CacheStats",
+    "CacheWarning",
+    "FrameCache",
+    "Part",
+    "Video",
+    "VideoWarning",
+    "iter_video",
+    "load_video",
+    "load_videos",
+    "register",
+    "registered",
+    "unregister",
+    "write_video",
+]
 
 
 def __getattr__(name: str) -> object:
