@@ -16,6 +16,9 @@ from mmaccel.kernels.frame_change import frame_change
 from mmaccel.kernels.frame_dp import frame_dp
 from mmaccel.kernels.gather_compact import gather_compact
 from mmaccel.kernels.greedy_diverse import greedy_diverse
+from mmaccel.kernels.nv12_to_rgb import nv12_to_rgb
+from mmaccel.kernels.nv12_to_rgb import reference as nv12_reference
+from mmaccel.kernels.nv12_to_rgb.taps import ACROSS_BITS, DOWN_BITS, colour, tables
 from mmaccel.kernels.pairwise_match import pairwise_match
 from mmaccel.kernels.partial_row_attention import partial_row_attention
 from mmaccel.kernels.scatter_merge import scatter_merge, unmerge
@@ -221,6 +224,35 @@ def _change(B: int, T: int, S: int, D: int, *, device: torch.device, dtype: torc
     )
 
 
+def _pictures(B: int, H: int, W: int, h: int, w: int, *, device: torch.device, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    y, uv = (
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+        for shape in ((B, H, W), (B, H // 2, W // 2, 2))
+    )
+    across, down = (
+        tables(source, target, "BICUBIC", bits, device)
+        for source, target, bits in ((W, w, ACROSS_BITS), (H, h, DOWN_BITS))
+    )
+    slots = torch.arange(B, device=device)
+    mean, spread = torch.zeros(3, device=device), torch.full((3,), 255.0, device=device)
+
+    def eager(y: torch.Tensor, uv: torch.Tensor):
+        out = torch.empty(B, 3, h, w, dtype=dtype, device=device)
+        nv12_reference.nv12_to_rgb(y, uv, out, slots, *across, *down, colour("bt709", False), 0, mean, spread)
+        return out
+
+    return Case(
+        shape=f"{B} x [{H}, {W}] to [{h}, {w}]",
+        inputs=(y, uv),
+        ours=lambda y, uv: nv12_to_rgb(y, uv, size=(h, w), dtype=dtype),
+        eager=eager,
+        moved=y.nbytes + uv.nbytes + 3 * B * h * w * dtype.itemsize,
+        flops=0,
+        steps=B * (across[1].shape[0] + down[1].shape[0]),
+    )
+
+
 def _windows(B: int, T: int, S: int, *, device: torch.device, dtype: torch.dtype) -> Case:
     del dtype  # what is static is a matter of yes and no
     static = (torch.rand(B, T - 1, S, generator=torch.Generator().manual_seed(0)) > 0.2).to(device)
@@ -276,6 +308,11 @@ OPS: dict[str, Op] = {
     "frame_change": Op(
         {"tiny": (2, 4, 9, 16), "small": (1, 32, 196, 896), "full": (1, 64, 729, 1152)},
         _change,
+    ),
+    # A frame of 1080p video to about the pixels of one image of 14 x 14 patches, and eight of them.
+    "nv12_to_rgb": Op(
+        {"tiny": (1, 8, 10, 4, 6), "small": (1, 1080, 1920, 392, 700), "full": (8, 1080, 1920, 392, 700)},
+        _pictures,
     ),
     "frame_dp": Op({"tiny": (2, 5, 9), "small": (1, 32, 196), "full": (1, 128, 196)}, _windows),
     "greedy_diverse": Op(
