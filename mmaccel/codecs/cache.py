@@ -23,15 +23,16 @@ from safetensors import SafetensorError
 import mmaccel
 from mmaccel.codecs.content import ContentHashes, digest, file_state, readable_again
 from mmaccel.codecs.entry import DamagedEntryError, read_entry, write_entry
-from mmaccel.codecs.packets import Source
-from mmaccel.codecs.reader import Video, VideoWarning, load_video
+from mmaccel.codecs.reader import load_video
 from mmaccel.codecs.sampling import as_numbers
+from mmaccel.codecs.source import Source
+from mmaccel.codecs.video import Video, VideoWarning
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmaccel.codecs.packets import VideoSource
+    from mmaccel.codecs.source import VideoSource
 
 __all__ = ["CacheStats", "CacheWarning", "FrameCache"]
 

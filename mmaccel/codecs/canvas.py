@@ -28,8 +28,8 @@ class Canvas:
     """The wanted frames as one tensor; each is drawn once, and shown in every row that wants it.
 
     `numbers` int64 [N] names the frame for each row of the result; `steady` refuses pictures that are stored in another
-    size, or turned otherwise, than the first, which may be any one where several threads draw. After the first picture: `frames` uint8
-    [N, 3, H, W], and `height`, `width` (before resizing) and `rotation` of that picture.
+    size, or turned otherwise, than the first, which may be any one where several threads draw. After the first picture:
+    `frames` uint8 [N, 3, H, W], and `height`, `width` (before resizing) and `rotation` of that picture.
     """
 
     def __init__(self, numbers: np.ndarray, steady: bool = True) -> None:
@@ -52,7 +52,8 @@ class Canvas:
 
     def draw_planes(self, number: int, planes: list[np.ndarray], layout: Layout, painter: Painter) -> None:
         """Put a stored RGB picture, three planes [h, w] of uint8, into every row that wants it; errors as in `draw`."""
-        self._prepare(*planes[0].shape, layout, painter)
+        height, width = planes[0].shape
+        self._prepare(height, width, layout, painter)
         self._show(number, lambda target: painter.finish(planes, layout, target))
 
     def _prepare(self, height: int, width: int, layout: Layout, painter: Painter) -> None:

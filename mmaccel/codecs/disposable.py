@@ -1,4 +1,4 @@
-"""Packets that nothing else is predicted from, told by their headers: where such a frame is not wanted, neither are they.
+"""Packets that nothing else is predicted from, told by their headers: they may be left out.
 
 Read after the bitstream specifications: ITU-T H.264 (7.4.1, nal_ref_idc), ITU-T H.265 (7.4.2.2, sub-layer non-reference
 pictures), ISO/IEC 13818-2 and 14496-2 (picture types). VP8 and VP9 have no such packets, as every frame hands motion
@@ -22,8 +22,8 @@ _SPS = 33  # HEVC's NAL unit type
 def disposable_test(context: VideoCodecContext) -> Callable[[memoryview], bool] | None:
     """Return what tells of a packet of this stream whether no other frame needs it; None for codecs that cannot say.
 
-    A wrong "no" costs time only. There is no wrong "yes" in streams of whole pictures (interlaced ones may store the two
-    fields of one frame apart).
+    A wrong "no" costs time only. There is no wrong "yes" in streams of whole pictures (interlaced ones may store the
+    two fields of one frame apart).
     """
     name, extra = context.codec.canonical_name, bytes(context.extradata or b"")
     if name == "h264":

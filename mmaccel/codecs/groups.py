@@ -104,8 +104,8 @@ class GroupReader:
     """Decodes groups of one open video, one after another, in any order. For one thread.
 
     `skip` leaves out packets that no other frame needs, where their frame is not wanted, and stops at the last packet
-    that a wanted frame needs; without it every frame from the keyframe to the last wanted one is decoded, as in playing.
-    `decoded`, `skipped`, `seeks` count frames delivered, packets left out and jumps, over all groups.
+    that a wanted frame needs; without it every frame from the keyframe to the last wanted one is decoded, as in
+    playing. `decoded`, `skipped`, `seeks` count frames delivered, packets left out and jumps, over all groups.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream, table: PacketTable, skip: bool = True) -> None:
@@ -186,8 +186,8 @@ class GroupReader:
         aims: list[int | None] = [start, int(self._table.dts[row]), *self._table.dts[earlier].tolist()]
         if self._packets is not None and 0 <= group.key_rank - self._rank <= _READ_ON:
             aims.insert(0, None)
-        # Most containers seek by pts, and land a group of pictures early if asked for the dts; MPEG-TS seeks by dts, and
-        # lands behind the keyframe if asked for the pts. Program streams may land behind it in both cases.
+        # Most containers seek by pts, and land a group of pictures early if asked for the dts; MPEG-TS seeks by dts,
+        # and lands behind the keyframe if asked for the pts. Program streams may land behind it in both cases.
         for aim in aims:
             try:
                 if aim is not None:

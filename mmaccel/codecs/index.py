@@ -106,7 +106,7 @@ def _read(container: InputContainer, stream: VideoStream, bounds: np.ndarray, de
             break
         if packet.dts != entries[first + len(packets)].timestamp or packet.is_corrupt or packet.is_discard:
             raise _UnexpectedError
-        if packet.pts is None:
+        if packet.pts is None or packet.dts is None:
             raise _UnexpectedError
         packets.append((packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.duration or 0))
     if len(packets) != end - first:

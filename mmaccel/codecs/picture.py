@@ -36,13 +36,14 @@ class Layout(NamedTuple):
 class Painter:
     """Converts and resizes frames, one after another, for one thread.
 
-    Native pictures are what libswscale's unscaled conversion to RGB gives, by the stream's own matrix and range. Resized
-    ones are made from these, each colour plane by libswscale as a picture in grey: so they are the same whether a
-    decoder delivers YUV or RGB. `exif` is the orientation of a still image.
+    Native pictures are what libswscale's unscaled conversion to RGB gives, by the stream's own matrix and range.
+    Resized ones are made from these, each colour plane by libswscale as a picture in grey: so they are the same whether
+    a decoder delivers YUV or RGB. `exif` is the orientation of a still image.
     """
 
     def __init__(self, size: Size = None, interpolation: Interpolation = "BICUBIC", exif: int | None = None) -> None:
-        self._size, self._interpolation, self._exif = size, interpolation, exif
+        self._size, self._exif = size, exif
+        self._interpolation: Interpolation = interpolation
         self._convert = VideoReformatter()
         # One for each plane would do the same: the context is kept from one plane to the next.
         self._scale = VideoReformatter()
@@ -61,7 +62,7 @@ class Painter:
         self.finish(self.planes(frame), layout, target)
 
     def finish(self, planes: list[np.ndarray], layout: Layout, target: torch.Tensor) -> None:
-        """Fill `target`, uint8 [3, H, W], with a stored RGB picture, three planes [h, w] of uint8, resized and turned."""
+        """Fill `target`, uint8 [3, H, W], with a stored RGB picture (planes [h, w] of uint8), resized and turned."""
         rows, columns = target.shape[1:]
         stored = (columns, rows) if layout.transpose else (rows, columns)
         upright = layout.transpose or layout.flips
@@ -96,7 +97,7 @@ def resized(
 
 def _views(frame: VideoFrame) -> list[np.ndarray]:
     return [
-        np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+        np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
         for plane in frame.planes
     ]
 

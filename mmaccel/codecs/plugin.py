@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers.video_utils import VideoMetadata
 
-    from mmaccel.codecs.packets import VideoSource
-    from mmaccel.codecs.reader import Video
+    from mmaccel.codecs.source import VideoSource
+    from mmaccel.codecs.video import Video
 
 __all__ = ["read_video", "register", "registered", "unregister"]
 

@@ -18,17 +18,31 @@ Result = TypeVar("Result", covariant=True)
 class Task(Protocol[Result]):
     """A video to be read: planned by one thread, its units of work then done by that one and by idle ones.
 
-    `lead(hands, shared)` plans and calls `shared()` when there are units for others to take, then works until none is
-    left; `hands` is how many threads may work on it at once. `assist()` takes units until none is left. `spare()` says
-    whether it pays for another thread to come. `finish()` runs when no unit is left and nobody works on it any more. The
-    first error of any of these is the error of the task; `abandon()` then makes the others stop soon.
+    The first error of any of its methods is the error of the task.
     """
 
-    def lead(self, hands: int, shared: Callable[[], None], /) -> None: ...
-    def assist(self) -> None: ...
-    def spare(self) -> bool: ...
-    def abandon(self) -> None: ...
-    def finish(self) -> Result: ...
+    def lead(self, hands: int, shared: Callable[[], None], /) -> None:
+        """Plan, call `shared()` when there are units for others to take, then work until none is left.
+
+        `hands` is how many threads may work on it at once.
+        """
+        ...
+
+    def assist(self) -> None:
+        """Take units until none is left."""
+        ...
+
+    def spare(self) -> bool:
+        """Whether it pays for another thread to come."""
+        ...
+
+    def abandon(self) -> None:
+        """Make all threads that work on it stop soon."""
+        ...
+
+    def finish(self) -> Result:
+        """Give the result; called when no unit is left and nobody works on it any more."""
+        ...
 
 
 class _Ticket(Generic[Result]):

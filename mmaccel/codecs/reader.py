@@ -53,17 +53,18 @@ def load_video(
 
     src is a path, a URL that FFmpeg opens, the encoded bytes, or a binary file object (read from its start, left open).
 
-    Which frames: frames=N samples N frames evenly, the first and the last included; indices=[...] takes frame numbers in
-    presentation order, negative ones from the end; seconds=[...] takes the frames that are shown at these times after
-    the first frame, fps=r those at 0, 1/r, 2/r ... before the end. Order and duplicates are kept. With none of these, 32
-    frames or, of a shorter video, all. on_short says what frames=N does when there are fewer: "error", "all" (each once)
-    or "repeat" (evenly, up to N). snap="keyframe" takes the keyframe nearest to each wanted frame instead: much faster,
-    and approximate; `indices` and `pts` are then those of the keyframes.
+    Which frames: frames=N samples N frames evenly, the first and the last included; indices=[...] takes frame numbers
+    in presentation order, negative ones from the end; seconds=[...] takes the frames that are shown at these times
+    after the first frame, fps=r those at 0, 1/r, 2/r ... before the end. Order and duplicates are kept. With none of
+    these, 32 frames or, of a shorter video, all. on_short says what frames=N does when there are fewer: "error", "all"
+    (each once) or "repeat" (evenly, up to N). snap="keyframe" takes the keyframe nearest to each wanted frame instead:
+    much faster, and approximate; `indices` and `pts` are then those of the keyframes.
 
-    How: size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as square.
-    A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free memory.
-    normalize=(mean, std), each a number or three, gives float32 (frames / 255 - mean) / std. device is where the frames
-    come to lie. threads is the number of decoding threads, at most 256, by default one a core and at most 16.
+    How: size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as
+    square. A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free
+    memory. normalize=(mean, std), each a number or three, gives float32 (frames / 255 - mean) / std. device is where
+    the frames come to lie. threads is the number of decoding threads, at most 256, by default one a core and at most
+    16.
 
     Only groups of pictures that hold wanted frames are decoded, each from its keyframe to its last wanted frame by one
     thread, the longest first; frames that no other refers to are left out where they are not wanted (skip_nonref=False
@@ -71,10 +72,10 @@ def load_video(
     The frames are the same for any number of threads.
 
     Colours follow the stream's own matrix and range (BT.601 where it states none): libswscale's unscaled conversion to
-    RGB, then each colour resized by libswscale. Rotated and mirrored recordings come upright (turns that are no multiple
-    of 90 degrees go to the nearest one). Frames are told apart by presentation time, so variable frame rates, B-frames,
-    open groups of pictures and edit lists are exact. A still image is a video of one frame, turned and mirrored as its
-    EXIF data say. Pictures that change their size within a video all get that of the first wanted one.
+    RGB, then each colour resized by libswscale. Rotated and mirrored recordings come upright (turns that are no
+    multiple of 90 degrees go to the nearest one). Frames are told apart by presentation time, so variable frame rates,
+    B-frames, open groups of pictures and edit lists are exact. A still image is a video of one frame, turned and
+    mirrored as its EXIF data say. Pictures that change their size within a video all get that of the first wanted one.
 
     Damaged videos, clips that start inside a group of pictures among them: every frame keeps its number whatever is
     asked for, which is its place in presentation order among the file's packets (among the decoder's outputs where the
@@ -110,12 +111,12 @@ def iter_video(
     device: str | torch.device | None = None,
     threads: int | None = None,
 ) -> Iterator[Part]:
-    """Give the rows of `load_video` in parts, in order, each as soon as it is decoded, so that encoding may start early.
+    """Give the rows of `load_video` in parts, in order, each as soon as it is decoded: encoding may start early.
 
     A part holds the frames of one group of pictures, or of several where rows were asked for in another order than that
     of time. Decoding goes on in the meantime; leaving the loop early ends it. Of a damaged video all that is left comes
-    as one last part. Arguments and errors are those of `load_video`; a bad argument is an error of the call, a bad video
-    one of the first part. The frames of all parts are held until the end.
+    as one last part. Arguments and errors are those of `load_video`; a bad argument is an error of the call, a bad
+    video one of the first part. The frames of all parts are held until the end.
     """
     request = Request.of(frames, fps, indices, seconds, on_short)
     options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
@@ -167,9 +168,9 @@ def load_videos(
 ) -> list[Video | VideoError]:
     """Read the same frames of many videos with one set of threads; the results are in the order of the sources.
 
-    Each thread reads a video of its own, and at the end idle ones help with those that are left. At most `threads` videos
-    are open at once. A video that cannot be read has its VideoError in its place and does not disturb the others;
-    on_error="raise" raises the first one. Other arguments are those of `load_video`, and so are the frames.
+    Each thread reads a video of its own, and at the end idle ones help with those that are left. At most `threads`
+    videos are open at once. A video that cannot be read has its VideoError in its place and does not disturb the
+    others; on_error="raise" raises the first one. Other arguments are those of `load_video`, and so are the frames.
     """
     if on_error not in ("return", "raise"):
         raise VideoError(f'on_error must be "return" or "raise", not {on_error!r}')

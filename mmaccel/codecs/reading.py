@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,9 @@ from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, Interl
 from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Interpolation, Painter
-from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from av.container import InputContainer
     from av.video.stream import VideoStream
@@ -111,8 +109,8 @@ class Reading:
     """One video on its way to an Outcome; a task of the crew.
 
     `in_time` works through the groups in presentation order, and not the longest first. `numbers` int64 [N], the frame
-    of each row, and `seconds` float64 [N], when it is shown, are known from the plan on; `drawn(group)` is called when a
-    group is in the canvas.
+    of each row, and `seconds` float64 [N], when it is shown, are known from the plan on; `drawn(group)` is called when
+    a group is in the canvas.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def _countable(count: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """Which frames of a video are wanted: exactly one of `frames`, `fps`, `indices`, `seconds`; none of them is up to 32.
+    """Which frames of a video are wanted: one of `frames`, `fps`, `indices`, `seconds`; with none of them up to 32.
 
     Raises VideoError for a value that no video can satisfy.
     """

@@ -95,7 +95,7 @@ class Source:
     @contextmanager
     def open(self, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
         """Open the container and its video stream at the start; FFmpeg's errors inside the block become VideoError."""
-        target: str | BinaryIO = self._url
+        target: str | io.BytesIO | _View = self._url
         if self._data is not None:
             target = io.BytesIO(self._data)
         elif self._file is not None:

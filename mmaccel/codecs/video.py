@@ -25,12 +25,12 @@ class Video:
     """Sampled frames of one video, and where they come from.
 
     frames: uint8 [N, C, H, W], RGB, contiguous, upright; float32 if normalised. pts: float64 [N], seconds after the
-    video's first frame. indices: int64 [N], the numbers of the frames, in presentation order from 0: those asked for, or
-    with `snap` those shown. total: how many frames the video has. fps: mean frames a second. duration: seconds, the last
-    frame's display time included. rotation: clockwise degrees (0, 90, 180, 270) by which the stored pictures were turned
-    to come upright. height, width: pixels of the upright video before `size`. lost: how many frames are known to be
-    damaged or cut off. replaced: those of `indices` that are lost and show their nearest decodable neighbour instead.
-    work: what reading has taken.
+    video's first frame. indices: int64 [N], the numbers of the frames, in presentation order from 0: those asked for,
+    or with `snap` those shown. total: how many frames the video has. fps: mean frames a second. duration: seconds, the
+    last frame's display time included. rotation: clockwise degrees (0, 90, 180, 270) by which the stored pictures were
+    turned to come upright. height, width: pixels of the upright video before `size`. lost: how many frames are known to
+    be damaged or cut off. replaced: those of `indices` that are lost and show their nearest decodable neighbour
+    instead. work: what reading has taken.
     """
 
     frames: torch.Tensor = field(repr=False)
