@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import select
@@ -103,6 +104,9 @@ class Feed:
                 if self.again:
                     # Looking for streams may take half the time, so that a slow sender is not taken for a dead one.
                     options = {"analyzeduration": str(int(self._timeout * 5e5)), **options}
+                    if "listen" in options.get("rtsp_flags", ""):
+                        # FFmpeg refuses its own default for how long to wait for an RTSP sender.
+                        options = {"listen_timeout": str(math.ceil(self._timeout)), **options}
                     timeout = self._timeout
                 target = self._url if reader is None else reader
                 with av.open(

@@ -33,6 +33,8 @@ _INVENTS = frozenset({"flv1", "h263", "mpeg1video", "mpeg2video", "mpeg4", "msmp
 # Seconds between two attempts to reconnect, at most.
 LONGEST_BACKOFF = 8.0
 _USUAL_RATE = Fraction(25)
+# Clocks with longer ticks count frames, and round nothing.
+_COARSEST_ROUNDING = Fraction(1, 1000)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Timeline:
     """Stream time in exact seconds after the first frame, never running backwards, and what is wanted of it.
 
     With `fps`, the grid k / fps is laid over stream time, and the first frame at or after each of its points is wanted,
-    once. One that comes up to a tick of the container's clock early counts as on time, for containers round.
+    once. Containers round times to their clock's tick, so one that comes early by up to a tick, or a millisecond if that
+    is less, counts as on time.
     """
 
     def __init__(self, fps: Fraction | None) -> None:
@@ -87,7 +90,7 @@ class Timeline:
         """Whether a frame at that time is to be shown; to be asked once a frame, in order."""
         if self._fps is None:
             return True
-        cell = math.floor((seconds + tick) * self._fps)
+        cell = math.floor((seconds + min(tick, _COARSEST_ROUNDING)) * self._fps)
         new, self._cell = cell > self._cell, max(cell, self._cell)
         return new
 
@@ -139,7 +142,7 @@ class LiveReader:
                 untimed = bool(container.format.flags & Flags.no_timestamps.value)
                 for frame in self._sound(container, stream):
                     arrived = time.time()
-                    stamp, tick = None, frame.time_base or Fraction(0)
+                    stamp, tick = None, frame.time_base or stream.time_base or Fraction(0)
                     if untimed and self._feed.again:
                         stamp = Fraction(round(arrived * 1_000_000), 1_000_000)
                     elif not untimed and frame.pts is not None:
