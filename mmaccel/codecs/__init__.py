@@ -1,4 +1,4 @@
-"""Video in and out: exact sampled frames from any file that FFmpeg reads, and a small writer."""
+"""Video in and out: exact sampled frames from any file that FFmpeg reads, live streams, and a small writer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmaccel.codecs.live import LiveFrame as LiveFrame
+    from mmaccel.codecs.live import LiveStats as LiveStats
+    from mmaccel.codecs.live import LiveStream as LiveStream
+    from mmaccel.codecs.live import open_stream as open_stream
     from mmaccel.codecs.reader import Video as Video
     from mmaccel.codecs.reader import VideoWarning as VideoWarning
     from mmaccel.codecs.reader import load_video as load_video
     from mmaccel.codecs.writer import write_video as write_video
 
-_HOMES = {"Video": "reader", "VideoWarning": "reader", "load_video": "reader", "write_video": "writer"}
+_HOMES = {
+    "LiveFrame": "live",
+    "LiveStats": "live",
+    "LiveStream": "live",
+    "Video": "reader",
+    "VideoWarning": "reader",
+    "load_video": "reader",
+    "open_stream": "live",
+    "write_video": "writer",
+}
 
-__all__ = ["Video", "VideoWarning", "load_video", "write_video"]
+__all__ = ["LiveFrame", "LiveStats", "LiveStream", "Video", "VideoWarning", "load_video", "open_stream", "write_video"]
 
 
 def __getattr__(name: str) -> object:

@@ -76,6 +76,8 @@ class Feed:
             raise VideoError(f"{self.name} is no file, and follow=True waits for files to grow; leave it out")
 
     def _locate(self, src: str) -> None:
+        if not src:
+            raise VideoError("the path of the live source is empty")
         if "://" in src:
             self._url = src
             return
@@ -117,11 +119,13 @@ class Feed:
                     # Threads that work on a frame each would hold back as many frames.
                     stream.thread_type = "SLICE"  # type: ignore[assignment]
                     yield container, stream
-        except ExitError as error:
-            raise VideoError(
-                f"{self.name} sent nothing for {self._timeout:g} s; is the sender running? timeout= waits longer"
-            ) from error
         except (FFmpegError, OSError) as error:
+            # Some protocols call it by another name when they are interrupted.
+            silent = self.again and self.touched is not None and time.monotonic() - self.touched >= self._timeout
+            if silent or isinstance(error, ExitError):
+                raise VideoError(
+                    f"{self.name} sent nothing for {self._timeout:g} s; is the sender running? timeout= waits longer"
+                ) from error
             reason = getattr(error, "strerror", None) or error
             raise VideoError(
                 f"{self.name} cannot be read as a live video ({reason}); is it there, and does it send video?"
@@ -201,8 +205,9 @@ class _Descriptor(_Plain):
         feed = self._feed
         feed.touched = started = time.monotonic()
         while not feed.stopped:
-            if self._poll.poll(_SLICE * 1000):
-                return self._take(size) or b""
+            # A descriptor that does not block gives None where another reader was faster.
+            if self._poll.poll(_SLICE * 1000) and (data := self._take(size)) is not None:
+                return data
             if time.monotonic() - started > feed.timeout:
                 raise TimeoutError(f"nothing arrived for {feed.timeout:g} s")
         return b""

@@ -57,11 +57,11 @@ class LiveFrame:
 
 @dataclass(frozen=True)
 class LiveStats:
-    """What has become of a stream's frames: decoded = skipped + dropped + returned + waiting, once the thread rests.
+    """What has become of a stream's frames: decoded = skipped + dropped + returned + waiting, when the thread rests.
 
     decoded: sound frames. damaged: frames that are not shown, and packets that gave none. skipped: left out by fps=.
-    dropped: wanted, but the buffer was full, or latest() passed over them. returned: given to the caller. waiting: in
-    the buffer. reconnects: interruptions after which frames came again.
+    dropped: wanted, but the buffer was full, latest() passed over them, or the block was left. returned: given to the
+    caller. waiting: in the buffer. reconnects: interruptions after which frames came again.
     """
 
     decoded: int

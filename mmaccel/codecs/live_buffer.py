@@ -58,6 +58,7 @@ class LiveBuffer:
             if self._drop == "block":
                 self._changed.wait_for(lambda: self._closed or len(self._queue) < self._room)
             if self._closed:
+                self.dropped += 1
                 return
             full = len(self._queue) >= self._room
             self._jumped |= arrival.discontinuity
@@ -81,6 +82,7 @@ class LiveBuffer:
         """Throw away what waits, and let nobody wait any longer."""
         with self._changed:
             self._closed = True
+            self.dropped += len(self._queue)
             self._queue.clear()
             self._changed.notify_all()
 

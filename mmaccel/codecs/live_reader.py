@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from av.error import FFmpegError
 from av.format import Flags
-from av.video.frame import PictureType
 
+from mmaccel.codecs.live_gate import Gate
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
     from mmaccel.codecs.feed import Feed
 
-__all__ = ["LONGEST_BACKOFF", "Arrival", "LiveReader", "Timeline"]
+__all__ = ["Arrival", "LiveReader", "Timeline"]
 
-# Decoders that report every picture that a lost piece of its packet has spoiled.
-_REPORT_LOSS = frozenset({"h264", "hevc"})
-# Decoders that put a grey picture in for a missing reference.
-_INVENTS = frozenset({"flv1", "h263", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "wmv1", "wmv2"})
 # Seconds between two attempts to reconnect, at most.
-LONGEST_BACKOFF = 8.0
+_LONGEST_BACKOFF = 8.0
 _USUAL_RATE = Fraction(25)
 # Clocks with longer ticks count frames, and round nothing.
 _COARSEST_ROUNDING = Fraction(1, 1000)
@@ -52,8 +48,8 @@ class Timeline:
     """Stream time in exact seconds after the first frame, never running backwards, and what is wanted of it.
 
     With `fps`, the grid k / fps is laid over stream time, and the first frame at or after each of its points is wanted,
-    once. Containers round times to their clock's tick, so one that comes early by up to a tick, or a millisecond if that
-    is less, counts as on time.
+    once. Containers round times to their clock's tick, so one that is early by up to a tick, or a millisecond if
+    that is less, counts as on time.
     """
 
     def __init__(self, fps: Fraction | None) -> None:
@@ -98,16 +94,20 @@ class Timeline:
 class LiveReader:
     """Reads one feed until it ends, is left, or stays away for `attempts` connections in a row.
 
-    Counts, kept by the thread that reads: `decoded` sound frames, `damaged` frames (or packets that gave none) that are
-    not shown, `skipped` frames that `fps` has no use for, `reconnects` after which frames came again.
+    Counts, kept by the thread that reads: `decoded` sound frames, `damaged` ones (see Gate), `skipped` frames that
+    `fps` has no use for, `reconnects` after which frames came again.
     """
 
     def __init__(self, feed: Feed, fps: Fraction | None, threads: int, attempts: int, backoff: float) -> None:
         self._feed, self._timeline, self._threads = feed, Timeline(fps), threads
         self._attempts, self._backoff = attempts, backoff
-        self._founded = False
-        self._torn: set[int] = set()
-        self.decoded = self.damaged = self.skipped = self.reconnects = 0
+        self._gate, self._damaged = Gate(""), 0
+        self.decoded = self.skipped = self.reconnects = 0
+
+    @property
+    def damaged(self) -> int:
+        """What all connections together have spoilt."""
+        return self._damaged + self._gate.damaged
 
     def arrivals(self) -> Generator[Arrival, None, None]:
         """Yield the wanted frames as they come. Raises VideoError when the source fails for good."""
@@ -120,7 +120,7 @@ class LiveReader:
             failures = 0 if self.decoded > before else failures
             if failures == self._attempts:
                 break
-            if feed.rest(min(self._backoff * 2**failures, LONGEST_BACKOFF)):
+            if feed.rest(min(self._backoff * 2**failures, _LONGEST_BACKOFF)):
                 return
             failures += 1
         if problem is None and not self.decoded:
@@ -134,8 +134,7 @@ class LiveReader:
     def _connection(self) -> Generator[Arrival, None, VideoError | None]:
         """Yield the wanted frames of one connection; return why it broke off, None if it was closed."""
         self._timeline.disconnect()
-        self._founded, fresh, jump = False, True, False
-        self._torn.clear()
+        fresh, jump = True, False
         try:
             with self._feed.open(self._threads) as (container, stream):
                 rate = stream.average_rate or stream.guessed_rate or _USUAL_RATE
@@ -162,6 +161,7 @@ class LiveReader:
 
     def _sound(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
         """Decode until the connection ends or the stream is left; yield each frame that is whole."""
+        self._damaged, self._gate = self.damaged, Gate(stream.codec_context.codec.canonical_name)
         try:
             for packet in container.demux(stream):
                 if self._feed.stopped:
@@ -176,29 +176,12 @@ class LiveReader:
         yield from self._pictures(stream, None)
 
     def _pictures(self, stream: VideoStream, packet: Packet | None) -> Iterator[VideoFrame]:
-        """Decode a packet, or what the decoder still holds, and yield what it owes to no loss.
-
-        From a loss up to the next keyframe, and before the first one, frames are built upon what was never there.
-        """
-        codec = stream.codec_context.codec.canonical_name
-        if packet is not None and packet.is_corrupt and packet.pts is not None and codec not in _REPORT_LOSS:
-            self._torn.add(packet.pts)
+        """Decode a packet, or what the decoder still holds."""
+        if packet is not None:
+            self._gate.feed(packet)
         try:
             frames = stream.decode(packet)
         except FFmpegError:
-            self.damaged += 1
-            self._founded = False
+            self._gate.fail(packet)
             return
-        for frame in frames:
-            spoilt = frame.is_corrupt or frame.pts in self._torn
-            if frame.pts is not None:
-                self._torn.discard(frame.pts)
-            # Some decoders put a grey picture of no type in for a missing reference.
-            if spoilt or (codec in _INVENTS and frame.pict_type == PictureType.NONE):
-                self._founded = False
-            elif frame.key_frame:
-                self._founded = True
-            if self._founded:
-                yield frame
-            else:
-                self.damaged += 1
+        yield from filter(self._gate.shows, frames)

@@ -109,9 +109,9 @@ def test_growing_file(clip: Clip, tmp_path: Path, name: str, by_path: bool) -> N
 def test_a_growing_file_may_be_empty_at_first_but_not_for_ever(clip: Clip, tmp_path: Path) -> None:
     path = tmp_path / "late.ts"
     path.touch()
-    with thread(grow(path, clip("b-frames.ts").read_bytes(), 2)):
-        with open_stream(path, follow=True, idle=0.6, drop="block") as stream:
-            is_whole(list(stream), clip("b-frames.ts"))
+    writer = grow(path, clip("b-frames.ts").read_bytes(), 2)
+    with thread(writer), open_stream(path, follow=True, idle=0.6, drop="block") as stream:
+        is_whole(list(stream), clip("b-frames.ts"))
     path.write_bytes(b"")
     with open_stream(path, follow=True, idle=0.1) as stream, pytest.raises(VideoError, match="cannot be read"):
         stream.read()
@@ -156,12 +156,12 @@ def test_http_response_that_grows(clip: Clip) -> None:
     data = clip("b-frames.ts").read_bytes()
     half, seen = len(data) // 2, threading.Event()
     # The second half is sent only after a frame of the first one has been shown.
-    with http_server([data[:half], data[half:]], lambda place: place and seen.wait(20)) as url:
-        with open_stream(url, drop="block", options={"analyzeduration": "1000000"}) as stream:
-            first = stream.read()
-            assert first is not None
-            seen.set()
-            is_whole([first, *stream], clip("b-frames.ts"))
+    server = http_server([data[:half], data[half:]], lambda place: place and seen.wait(20))
+    with server as url, open_stream(url, drop="block", options={"analyzeduration": "1000000"}) as stream:
+        first = stream.read()
+        assert first is not None
+        seen.set()
+        is_whole([first, *stream], clip("b-frames.ts"))
 
 
 _PUSH = """

@@ -53,10 +53,9 @@ def keyframes(path: Path) -> list[int]:
 
 def collect(stream: object) -> tuple[list[LiveFrame], str]:
     """All frames, and the message of the error that ended them."""
-    frames = []
+    frames: list[LiveFrame] = []
     with pytest.raises(VideoError) as caught:
-        for frame in stream:  # type: ignore[attr-defined]
-            frames.append(frame)  # noqa: PERF402
+        frames.extend(iter(stream))  # type: ignore[call-overload]
     return frames, str(caught.value)
 
 
@@ -88,9 +87,9 @@ def test_reconnect(clip: Clip, silent: bool) -> None:
 
 def test_the_mark_of_a_reconnect_falls_on_the_next_wanted_frame(clip: Clip) -> None:
     data = clip("b-frames.ts").read_bytes()
-    with tcp_server(sends(data), sends(data)) as url:
-        with open_stream(url, drop="block", fps=0.5, reconnect=1, backoff=0.05) as stream:
-            frames, _ = collect(stream)
+    again = {"reconnect": 1, "backoff": 0.05}
+    with tcp_server(sends(data), sends(data)) as url, open_stream(url, drop="block", fps=0.5, **again) as stream:
+        frames, _ = collect(stream)
     assert [number(frame) for frame in frames[:4]] == [0, 16, 32, 48]
     assert [frame.discontinuity for frame in frames].index(True) == 4
     assert sum(frame.discontinuity for frame in frames) == 1
@@ -99,9 +98,9 @@ def test_the_mark_of_a_reconnect_falls_on_the_next_wanted_frame(clip: Clip) -> N
 
 def test_attempts_are_counted_anew_after_every_success(clip: Clip) -> None:
     data = clip("b-frames.ts").read_bytes()
-    with tcp_server(sends(data), sends(b""), sends(data), sends(b""), sends(data)) as url:
-        with open_stream(url, drop="block", reconnect=2, backoff=0.02) as stream:
-            frames, message = collect(stream)
+    scripts = [sends(content) for content in (data, b"", data, b"", data)]
+    with tcp_server(*scripts) as url, open_stream(url, drop="block", reconnect=2, backoff=0.02) as stream:
+        frames, message = collect(stream)
     assert [number(frame) for frame in frames] == 3 * list(range(COUNT))
     assert stream.stats().reconnects == 2
     assert "reconnect" in message
@@ -134,7 +133,10 @@ def test_senders_that_are_not_there() -> None:
             _, message = collect(stream)
         assert "refused" in message
         assert "secret" not in message
-    with open_stream(f"udp://127.0.0.1:{free_port()}", timeout=0.5) as stream, pytest.raises(VideoError, match="0.5 s"):
+    with (
+        open_stream(f"udp://127.0.0.1:{free_port()}", timeout=0.5) as stream,
+        pytest.raises(VideoError, match=r"0\.5 s"),
+    ):
         stream.read()
     with http_server([]) as url, open_stream(url.replace("live", "gone")) as stream, pytest.raises(VideoError):
         stream.read()
@@ -142,9 +144,12 @@ def test_senders_that_are_not_there() -> None:
 
 def test_a_pipe_that_falls_silent_is_an_error(clip: Clip) -> None:
     data = clip("b-frames.ts").read_bytes()
-    with pipe() as (source, sink), thread(pour(data, sink, close=False)):
-        with open_stream(source, drop="block", timeout=0.5) as stream:
-            frames, message = collect(stream)
+    with (
+        pipe() as (source, sink),
+        thread(pour(data, sink, False)),
+        open_stream(source, drop="block", timeout=0.5) as stream,
+    ):
+        frames, message = collect(stream)
     assert len(frames) > 40
     assert "nothing arrived for 0.5 s" in message
 
@@ -178,9 +183,9 @@ def test_joined_inside_a_group_of_pictures(clip: Clip) -> None:
     assert len(keys) > 3
     for share in (0.2, 0.35, 0.5):
         start = int(len(packets) * share) // PACKET * PACKET
-        with pipe() as (source, sink), thread(pour(packets[start:], sink)):
-            with open_stream(source, drop="block") as stream:
-                frames = list(stream)
+        rest = packets[start:]
+        with pipe() as (source, sink), thread(pour(rest, sink)), open_stream(source, drop="block") as stream:
+            frames = list(stream)
         assert number(frames[0]) in keys
         assert [number(frame) for frame in frames] == list(range(number(frames[0]), COUNT))
         assert frames[0].pts == 0
@@ -193,18 +198,17 @@ def test_joined_inside_a_group_of_pictures(clip: Clip) -> None:
 def test_no_keyframe_ever_comes(tmp_path: Path) -> None:
     path = encode(RECIPES["one-gop.mp4"].__class__("one-gop.ts", options={"bf": "2", "g": "250"}), tmp_path)
     data = path.read_bytes()
-    with pipe() as (source, sink), thread(pour(data[len(data) // 2 // PACKET * PACKET :], sink)):
-        with open_stream(source) as stream, pytest.raises(VideoError):
-            stream.read()
+    rest = data[len(data) // 2 // PACKET * PACKET :]
+    with pipe() as (source, sink), thread(pour(rest, sink)), open_stream(source) as stream, pytest.raises(VideoError):
+        stream.read()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_damage_is_hidden_up_to_the_next_keyframe(clip: Clip, seed: int) -> None:
     path = clip("b-frames.ts")
     data, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
-    packets = len(data) // PACKET
     # A burst of lost packets somewhere in the middle.
-    start = int(rng.integers(packets // 3, 2 * packets // 3))
+    start = int(rng.integers(len(data) // PACKET // 3, 2 * len(data) // PACKET // 3))
     del data[start * PACKET : (start + 6) * PACKET]
     with pipe() as (source, sink), thread(pour(bytes(data), sink)), open_stream(source, drop="block") as stream:
         frames = list(stream)
@@ -213,8 +217,12 @@ def test_damage_is_hidden_up_to_the_next_keyframe(clip: Clip, seed: int) -> None
     assert shown == sorted(set(shown))
     assert 0 < COUNT - len(shown) < 2 * 12
     assert stats.damaged > 0
-    resumed = [b for a, b in itertools.pairwise(shown) if b > a + 1]
-    assert set(resumed) <= set(keyframes(path))
+    # After a gap comes a keyframe, or a frame that was already with the decoder.
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    stamps = sorted(packet.pts for packet in packets)
+    early = {stamps.index(packet.pts) for packet in packets if packet.pos < start * PACKET}
+    assert {b for a, b in itertools.pairwise(shown) if b > a + 1} <= early | set(keyframes(path))
     is_sound(frames, path)
 
 
@@ -243,9 +251,13 @@ def test_raw_streams_are_timed_by_their_rate(clip: Clip) -> None:
 
 
 def test_exceptions_pass_through_the_block(clip: Clip) -> None:
-    with pytest.raises(KeyError, match="mine"), open_stream(clip("b-frames.ts")) as stream:
-        stream.read()
-        raise KeyError("mine")
+    def fail() -> None:
+        with open_stream(clip("b-frames.ts")) as stream:
+            stream.read()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
 
 
 def test_leaving_wakes_who_waits_in_another_thread(clip: Clip) -> None:
@@ -274,7 +286,8 @@ def test_leaving_wakes_who_waits_in_another_thread(clip: Clip) -> None:
 def test_leaving_while_the_thread_waits_for_room(clip: Clip) -> None:
     with open_stream(clip("b-frames.ts"), drop="block", buffer=1) as stream:
         all_decoded(stream, 2)
-    assert stream.stats().waiting == 0
+    stats = stream.stats()
+    assert (stats.waiting, stats.returned, stats.dropped) == (0, 0, stats.decoded)
 
 
 def test_leaving_during_a_pause_before_reconnecting() -> None:
@@ -305,10 +318,9 @@ def test_a_file_object_that_never_returns() -> None:
             release.wait(60)
             return 0
 
-    stream = open_stream(io.BufferedReader(Stuck()), timeout=0.1)
-    with pytest.warns(UserWarning, match="does not return from reading"), stream:
-        with pytest.raises(VideoError, match="has not answered for 1.2 s"):
-            stream.read()
+    stream, left = open_stream(io.BufferedReader(Stuck()), timeout=0.1), "does not return from reading"
+    with pytest.warns(UserWarning, match=left), stream, pytest.raises(VideoError, match=r"has not answered for 1\.2 s"):
+        stream.read()
     release.set()
     wait_until(lambda: not any("mmaccel live" in worker.name for worker in threading.enumerate()), "the thread ends")
 
@@ -378,7 +390,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
             (writer, "cannot be read from"),
             (b"bytes", "not bytes"),
             ("nul\0", "cannot be opened"),
-            ("", "No such file"),
+            ("", "empty"),
         ):
             with pytest.raises(VideoError, match=words):
                 open_stream(source)  # type: ignore[arg-type]
