@@ -26,7 +26,7 @@ class Gate:
 
     def __init__(self, codec: str) -> None:
         self._invents = codec in _INVENTS
-        self._founded = self._keyed = self._broken = False
+        self._founded = self._keyed = self._broken = self._marked = False
         self._floor: int | None = None
         self._counted: set[int] = set()
         self._hidden: set[int] = set()
@@ -36,7 +36,9 @@ class Gate:
         """Note a packet that the decoder is about to get."""
         pts = packet.pts
         early = not self._keyed and not packet.is_keyframe
-        if packet.is_corrupt:
+        # FFmpeg's parsers put the mark of a torn packet on the one before it, whose end they find in it.
+        torn, self._marked = self._marked or packet.is_corrupt, packet.is_corrupt
+        if torn:
             self._broken = True
         elif packet.is_keyframe:
             # Pictures stored behind the keyframe but shown before it need the pictures in front of it too.

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import RECIPES, encode, sequential
+from clips import B_FRAMES, QUIET, RECIPES, Recipe, encode, sequential
 from live_servers import (
     all_decoded,
     falls_silent,
@@ -196,34 +196,45 @@ def test_joined_inside_a_group_of_pictures(clip: Clip) -> None:
 
 
 def test_no_keyframe_ever_comes(tmp_path: Path) -> None:
-    path = encode(RECIPES["one-gop.mp4"].__class__("one-gop.ts", options={"bf": "2", "g": "250"}), tmp_path)
+    path = encode(Recipe("one-gop.ts", options={"bf": "2", "g": "250"}), tmp_path)
     data = path.read_bytes()
     rest = data[len(data) // 2 // PACKET * PACKET :]
     with pipe() as (source, sink), thread(pour(rest, sink)), open_stream(source) as stream, pytest.raises(VideoError):
         stream.read()
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_damage_is_hidden_up_to_the_next_keyframe(clip: Clip, seed: int) -> None:
-    path = clip("b-frames.ts")
-    data, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
-    # A burst of lost packets somewhere in the middle.
-    start = int(rng.integers(len(data) // PACKET // 3, 2 * len(data) // PACKET // 3))
-    del data[start * PACKET : (start + 6) * PACKET]
-    with pipe() as (source, sink), thread(pour(bytes(data), sink)), open_stream(source, drop="block") as stream:
-        frames = list(stream)
-        stats = stream.stats()
-    shown = [number(frame) for frame in frames]
-    assert shown == sorted(set(shown))
-    assert 0 < COUNT - len(shown) < 2 * 12
-    assert stats.damaged > 0
-    # After a gap comes a keyframe, or a frame that was already with the decoder.
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPES["b-frames.ts"],
+        Recipe("open.ts", options={**B_FRAMES, "x264-params": "open-gop=1:b-pyramid=2"}),
+        Recipe("hevc.ts", codec="libx265", options={"x265-params": f"keyint=12:bframes=3:open-gop=1:{QUIET}"}),
+        Recipe("mpeg2.ts", codec="mpeg2video", options={**B_FRAMES, "q": "2"}, rate=25),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_damage_is_hidden_up_to_the_next_keyframe(recipe: Recipe, tmp_path: Path) -> None:
+    path = encode(recipe, tmp_path)
+    whole = path.read_bytes()
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     stamps = sorted(packet.pts for packet in packets)
-    early = {stamps.index(packet.pts) for packet in packets if packet.pos < start * PACKET}
-    assert {b for a, b in itertools.pairwise(shown) if b > a + 1} <= early | set(keyframes(path))
-    is_sound(frames, path)
+    for start in np.linspace(0.3, 0.7, 12) * (len(whole) // PACKET):
+        # A burst of packets is lost somewhere in the middle.
+        cut = int(start) * PACKET
+        data = whole[:cut] + whole[cut + 6 * PACKET :]
+        with pipe() as (source, sink), thread(pour(data, sink)), open_stream(source, drop="block") as stream:
+            frames = list(stream)
+            stats = stream.stats()
+        is_sound(frames, path)
+        shown = [number(frame) for frame in frames]
+        assert shown == sorted(set(shown))
+        assert 0 < COUNT - len(shown) < COUNT // 2
+        # A parser may make two packets of one that is torn.
+        assert 0 < stats.damaged <= COUNT - len(shown) + 1
+        # After a gap comes a keyframe, or a frame that was already with the decoder.
+        early = {stamps.index(packet.pts) for packet in packets if packet.pos < cut}
+        assert {b for a, b in itertools.pairwise(shown) if b > a + 1} <= early | set(keyframes(path))
 
 
 def test_clock_that_starts_again_within_a_connection(clip: Clip) -> None:
@@ -233,7 +244,8 @@ def test_clock_that_starts_again_within_a_connection(clip: Clip) -> None:
     times = [frame.pts for frame in frames]
     assert times == sorted(times)
     assert sum(frame.discontinuity for frame in frames) == 1
-    assert next(number(frame) for frame in frames if frame.discontinuity) == 0
+    # Where MPEG-TS counts a loss at the seam, the first group of pictures behind it is not trusted.
+    assert next(number(frame) for frame in frames if frame.discontinuity) in keyframes(clip("b-frames.ts"))[:2]
 
 
 def test_raw_streams_are_timed_by_their_rate(clip: Clip) -> None:
