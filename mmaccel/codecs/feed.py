@@ -72,8 +72,8 @@ class Feed:
         else:
             raise VideoError(f"a live source is a URL, a path or a binary file object, not {type(src).__name__}")
         self.again = bool(self._url) and not self._url.startswith("file:")
-        if idle is not None and self.again:
-            raise VideoError(f"{self.name} is no file, and follow=True waits for files to grow; leave it out")
+        if idle is not None and (self.again or self._waits()):
+            raise VideoError(f"{self.name} is no file that could grow; leave follow out")
 
     def _locate(self, src: str) -> None:
         if not src:
@@ -94,6 +94,13 @@ class Feed:
             self._path = src
         else:
             self._url = f"file:{src}" if stat.S_ISREG(mode) else src
+
+    def _waits(self) -> bool:
+        """Whether this is a pipe, a FIFO or a terminal, which tell when there is something to read."""
+        if self._path:
+            return not Path(self._path).is_file()
+        raw = getattr(self._file, "raw", self._file)
+        return isinstance(raw, io.FileIO) and not stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
 
     @contextmanager
     def open(self, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -138,9 +145,7 @@ class Feed:
         if self._file is not None:
             if self._idle is not None:
                 return nullcontext(_Growing(self, self._file, self._idle))
-            raw = getattr(self._file, "raw", self._file)
-            waits = isinstance(raw, io.FileIO) and not stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
-            return nullcontext(_Descriptor(self, self._file) if waits else _Plain(self, self._file))
+            return nullcontext(_Descriptor(self, self._file) if self._waits() else _Plain(self, self._file))
         if not self._path:
             return nullcontext()
         if self._idle is not None:

@@ -257,6 +257,7 @@ def open_stream(
     A thread decodes into a buffer of `buffer` frames. When that is full, drop="oldest" drops the frame that has waited
     longest, "newest" the one that comes, and "block" lets the source wait, which loses nothing as long as the source
     can wait. Frames that are damaged, or that come between a loss (or the start) and the next keyframe, are not shown.
+    A loss is what FFmpeg reports: whole frames lost from RTP over UDP go unnoticed, so prefer RTP over TCP.
 
     A source that sends nothing for `timeout` seconds is lost. If src is a URL or a device, `reconnect` says how often
     in a row it is connected to again after it was lost, failed or ended, after a pause of `backoff` seconds that

@@ -222,7 +222,7 @@ def test_size_and_rotation(clip: Clip, tmp_path: Path) -> None:
         assert next(iter(stream)).frame.shape == (3, WIDTH * 64 // HEIGHT, 64)
 
 
-@pytest.mark.parametrize("fps", [0.7, 2, 3.3, 8, Fraction(30000, 1001), 1000])
+@pytest.mark.parametrize("fps", [0.7, 2, 3.3, 8, Fraction(30000, 1001), 100])
 def test_fps_of_a_variable_frame_rate(clip: Clip, fps: float) -> None:
     times = [Fraction(t - JITTER[0], 1000) for t in JITTER]
     rate, slack = Fraction(fps).limit_denominator(10**6), Fraction(1, 1000)
