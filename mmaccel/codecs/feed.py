@@ -66,7 +66,8 @@ class Feed:
             self.name = re.sub(r"(?<=://)[^/@]*@", "", os.fspath(src))  # a camera's password is for no log
             self._locate(os.fspath(src))
         elif hasattr(src, "read"):
-            self.name = str(getattr(src, "name", "the given file object"))
+            name = getattr(src, "name", None)
+            self.name = name if isinstance(name, str) else "the given file object"  # a pipe is called by its number
             self._file = src
             _check_binary(src, self.name)
         else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Self, get_args
 
+import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
@@ -81,8 +82,8 @@ def upright(frame: VideoFrame, size: Size, interpolation: Interpolation, scaler:
     across, down = (rows, columns) if transpose else (columns, rows)
     how = interpolation if (across, down) != (frame.width, frame.height) else None
     rgb = scaler.reformat(frame, across, down, "rgb24", interpolation=how, threads=1)
-    picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
-    return (picture.transpose(1, 2) if transpose else picture).flip(mirrored).contiguous()
+    picture = rgb.to_ndarray().transpose(2, 1, 0) if transpose else rgb.to_ndarray().transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(np.flip(picture, tuple(mirrored))))
 
 
 class LiveStream:
