@@ -59,6 +59,8 @@ class Feed:
         self._url, self._path = "", ""
         self._file: BinaryIO | None = None
         self.touched: float | None = None
+        # What a reader met. It ends the data instead of raising, so that FFmpeg gives out all that came before.
+        self.failure: OSError | None = None
         self.patience = 2 * max(timeout, idle or 0.0) + 1
         if container is not None:
             _known(container)
@@ -106,7 +108,7 @@ class Feed:
     @contextmanager
     def open(self, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
         """Open the container and its video stream; FFmpeg's errors inside the block become VideoError."""
-        self.touched = time.monotonic()
+        self.touched, self.failure = time.monotonic(), None
         try:
             with self._reader() as reader:
                 options = {"pattern_type": "none", **self._options}
@@ -127,6 +129,8 @@ class Feed:
                     # Threads that work on a frame each would hold back as many frames.
                     stream.thread_type = "SLICE"  # type: ignore[assignment]
                     yield container, stream
+            if self.failure is not None:
+                raise self.failure
         except (FFmpegError, OSError) as error:
             # Some protocols call it by another name when they are interrupted.
             silent = self.again and self.touched is not None and time.monotonic() - self.touched >= self._timeout
@@ -134,7 +138,7 @@ class Feed:
                 raise VideoError(
                     f"{self.name} sent nothing for {self._timeout:g} s; is the sender running? timeout= waits longer"
                 ) from error
-            reason = getattr(error, "strerror", None) or error
+            reason = self.failure or getattr(error, "strerror", None) or error
             raise VideoError(
                 f"{self.name} cannot be read as a live video ({reason}); is it there, and does it send video?"
             ) from error
@@ -210,12 +214,12 @@ class _Descriptor(_Plain):
     def read(self, size: int) -> bytes:
         feed = self._feed
         feed.touched = started = time.monotonic()
-        while not feed.stopped:
+        while not feed.stopped and feed.failure is None:
             # A descriptor that does not block gives None where another reader was faster.
             if self._poll.poll(_SLICE * 1000) and (data := self._take(size)) is not None:
                 return data
             if time.monotonic() - started > feed.timeout:
-                raise TimeoutError(f"nothing arrived for {feed.timeout:g} s")
+                feed.failure = TimeoutError(f"nothing arrived for {feed.timeout:g} s")
         return b""
 
 
@@ -229,12 +233,13 @@ class _Growing(_Plain):
     def read(self, size: int) -> bytes:
         feed = self._feed
         feed.touched = started = time.monotonic()
-        while not self._over:
+        while not self._over and feed.failure is None:
             if data := self._take(size):
                 self._read += len(data)
                 return data
             if isinstance(self._file, io.FileIO) and os.fstat(self._file.fileno()).st_size < self._read:
-                raise OSError("it has been cut shorter than what was read of it")
+                feed.failure = OSError("it has been cut shorter than what was read of it")
+                break
             self._over = time.monotonic() - started > self._idle or feed.rest(_SLICE)
         return b""
 
