@@ -1,4 +1,4 @@
-"""Video in and out: exact sampled frames from any file that FFmpeg reads, and a small writer."""
+"""Video in and out: exact sampled frames from any file that FFmpeg reads, live streams, and a small writer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from mmaccel.codecs.cache import CacheStats as CacheStats
     from mmaccel.codecs.cache import CacheWarning as CacheWarning
     from mmaccel.codecs.cache import FrameCache as FrameCache
+    from mmaccel.codecs.live import LiveFrame as LiveFrame
+    from mmaccel.codecs.live import LiveStats as LiveStats
+    from mmaccel.codecs.live import LiveStream as LiveStream
+    from mmaccel.codecs.live import open_stream as open_stream
     from mmaccel.codecs.plugin import register as register
     from mmaccel.codecs.plugin import registered as registered
     from mmaccel.codecs.plugin import unregister as unregister
@@ -24,12 +28,16 @@ _HOMES = {
     "CacheStats": "cache",
     "CacheWarning": "cache",
     "FrameCache": "cache",
+    "LiveFrame": "live",
+    "LiveStats": "live",
+    "LiveStream": "live",
     "Part": "video",
     "Video": "video",
     "VideoWarning": "video",
     "iter_video": "reader",
     "load_video": "reader",
     "load_videos": "reader",
+    "open_stream": "live",
     "register": "plugin",
     "registered": "plugin",
     "unregister": "plugin",
@@ -40,12 +48,16 @@ __all__ = [
     "CacheStats",
     "CacheWarning",
     "FrameCache",
+    "LiveFrame",
+    "LiveStats",
+    "LiveStream",
     "Part",
     "Video",
     "VideoWarning",
     "iter_video",
     "load_video",
     "load_videos",
+    "open_stream",
     "register",
     "registered",
     "unregister",

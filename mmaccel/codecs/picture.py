@@ -57,6 +57,13 @@ class Painter:
         native = (width, height) if layout.transpose else (height, width)
         return native, target_size(*native, self._size)
 
+    def picture(self, frame: VideoFrame) -> torch.Tensor:
+        """The upright picture of a frame, uint8 [3, H, W]."""
+        layout = self.layout(frame)
+        target = torch.empty(3, *self.shape(frame.height, frame.width, layout)[1], dtype=torch.uint8)
+        self.paint(frame, layout, target)
+        return target
+
     def paint(self, frame: VideoFrame, layout: Layout, target: torch.Tensor) -> None:
         """Fill `target`, uint8 [3, H, W], with the upright picture."""
         self.finish(self.planes(frame), layout, target)
