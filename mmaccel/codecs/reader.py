@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from mmaccel.codecs.groups import Group
     from mmaccel.codecs.reading import Outcome
 
-__all__ = ["Normalize", "iter_video", "load_chosen", "load_video", "load_videos"]
+__all__ = ["Backend", "Normalize", "iter_video", "load_chosen", "load_video", "load_videos"]
 
+Backend = Literal["auto", "pyav", "decord", "torchcodec", "cuda", "pynvvideocodec"]
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
 _MOST_THREADS = 256
@@ -48,6 +49,7 @@ def load_video(
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
     device: str | torch.device | None = None,
+    backend: Backend = "auto",
     threads: int | None = None,
     cache: FrameCache | None = None,
 ) -> Video:
@@ -94,10 +96,11 @@ def load_video(
     if cache is not None:
         return cache.load(
             src, frames, fps=fps, indices=indices, seconds=seconds, size=size, interpolation=interpolation,
-            on_short=on_short, snap=snap, skip_nonref=skip_nonref, normalize=normalize, device=device, threads=threads,
+            on_short=on_short, snap=snap, skip_nonref=skip_nonref, normalize=normalize, device=device, backend=backend,
+            threads=threads,
         )  # fmt: skip
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
     return _load(Source(src), request, options, finish, _threads(threads))
 
 
@@ -129,6 +132,7 @@ def iter_video(
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
     device: str | torch.device | None = None,
+    backend: Backend = "auto",
     threads: int | None = None,
 ) -> Iterator[Part]:
     """Give the rows of `load_video` in parts, in order, each as soon as it is decoded: encoding may start early.
@@ -139,7 +143,7 @@ def iter_video(
     video one of the first part. The frames of all parts are held until the end.
     """
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
     return _parts(Source(src), request, options, finish, _threads(threads))
 
 
@@ -183,6 +187,7 @@ def load_videos(
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
     device: str | torch.device | None = None,
+    backend: Backend = "auto",
     threads: int | None = None,
     on_error: Literal["return", "raise"] = "return",
 ) -> list[Video | VideoError]:
@@ -197,7 +202,7 @@ def load_videos(
     if isinstance(sources, (str, bytes, os.PathLike)) or hasattr(sources, "read"):
         raise VideoError("load_videos takes a list of videos; for one video use load_video")
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
+    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
     videos: list[Video | VideoError] = []
     with Crew["Outcome"](_threads(threads)) as crew:
         entries = deque(_entry(crew, src, request, options) for src in sources)
@@ -224,13 +229,15 @@ def _entry(crew: Crew[Outcome], src: VideoSource, request: Request, options: Opt
     return reading, crew.add(reading)
 
 
-def _options(size: Size, interpolation: Interpolation, snap: str | None, skip_nonref: bool) -> Options:
+def _options(size: Size, interpolation: Interpolation, snap: str | None, skip_nonref: bool, backend: str) -> Options:
     if interpolation not in get_args(Interpolation):
         raise VideoError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, not {interpolation!r}")
     if snap not in (None, "keyframe"):
         raise VideoError(f'snap must be None or "keyframe", not {snap!r}')
     target_size(1, 1, size)
-    return Options(size, interpolation, bool(skip_nonref), snap is not None)
+    if backend not in get_args(Backend):
+        raise VideoError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
+    return Options(size, interpolation, bool(skip_nonref), snap is not None, "pyav" if backend == "auto" else backend)
 
 
 def _threads(threads: int | None) -> int:

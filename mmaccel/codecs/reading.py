@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmaccel.codecs.backends import RGB, unsuitable
+from mmaccel.codecs.backends.rgb import open_rgb
 from mmaccel.codecs.canvas import Canvas, GeometryChangedError
 from mmaccel.codecs.decode import decode_in_order, decode_slots, survey
-from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, InterlacedError, groups_for
+from mmaccel.codecs.drawing import SoftwareHand
+from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, groups_for
 from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Interpolation, Painter
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
+    from mmaccel.codecs.drawing import Hand
     from mmaccel.codecs.sampling import Request, Size
     from mmaccel.codecs.source import Source
 
@@ -35,12 +39,17 @@ _WORTH_OPENING = 8
 
 @dataclass(frozen=True)
 class Options:
-    """How pictures are made of frames, and which frames may be left out."""
+    """How pictures are made of frames, which frames may be left out, and what decodes.
+
+    backend: "pyav", or one that is in the reader's words another decoder. note: why it is not the one that was wanted.
+    """
 
     size: Size = None
     interpolation: Interpolation = "BICUBIC"
     skip: bool = True
     snap: bool = False
+    backend: str = "pyav"
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Work:
     how often the file was opened. threads: how many threads decoded. way: "groups" (only what is needed), "sequential"
     (from the start to the last wanted frame) or "survey" (all of it first, to learn which frames exist). scanned:
     whether all packets were read to number the frames; else the file's index did. approximate: whether keyframes stand
-    in for the wanted frames (`snap`).
+    in for the wanted frames (`snap`). note: why another backend than the wanted one decoded, "" if none was.
     """
 
     backend: str = "pyav"
@@ -65,6 +74,7 @@ class Work:
     threads: int = 1
     scanned: bool = True
     approximate: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class Reading:
         self._stop = False
         self._misled: Exception | None = None
         self._each = 1
-        self._work = Work()
+        self._work = Work(backend=options.backend, note=options.note)
         self._table: PacketTable | None = None
         self.numbers = np.empty(0, dtype=np.int64)
         self.seconds = np.empty(0)
@@ -143,7 +153,7 @@ class Reading:
             self._plan(container, stream)
             if self._groups:
                 # Cores that no group is left for help inside of the groups.
-                self._each = max(1, hands // len(self._groups))
+                self._each = hands if self._alone else max(1, hands // len(self._groups))
                 shared()
                 self._draw_groups(container, stream)
 
@@ -154,7 +164,12 @@ class Reading:
 
     def spare(self) -> bool:
         """Whether enough is left for one more thread."""
-        return self._left > _WORTH_OPENING and not self._stop and not self.source.remote
+        return self._left > _WORTH_OPENING and not self._stop and not self.source.remote and not self._alone
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the backend shares out the work itself."""
+        return self.options.backend in RGB
 
     def abandon(self) -> None:
         """Let all threads stop after the frame that they are at."""
@@ -176,6 +191,8 @@ class Reading:
         self._work = replace(self._work, scanned=table is None)
         self._table = table = table or scan(container, stream)
         if not table.exact or table.guessed:
+            if self.options.backend != "pyav":
+                raise unsuitable(self.options.backend, "the packets of this video do not number its frames")
             return
         self.numbers = self._numbers(table, table.total, table.pts)
         if self.options.snap:
@@ -185,7 +202,7 @@ class Reading:
         groups = groups_for(table, self.numbers)
         self._left = sum(group.cost for group in groups)
         self._work = replace(self._work, groups=len(groups), approximate=self.options.snap)
-        self._groups.extend(groups if self._in_time else sorted(groups, key=lambda group: -group.cost))
+        self._groups.extend(groups if self._in_time or self._alone else sorted(groups, key=lambda group: -group.cost))
 
     def _numbers(self, table: PacketTable, total: int, times: np.ndarray | None) -> np.ndarray:
         """The frame for each row, of `total` frames at `times` ticks."""
@@ -216,40 +233,36 @@ class Reading:
         raise VideoError(f"no frame of {self.source.name} can be decoded; is it complete, and undamaged?")
 
     def _draw_groups(self, container: InputContainer, stream: VideoStream) -> None:
-        table, options = self._table, self.options
-        assert table is not None
-        stream.codec_context.thread_count = self._each
-        painter = Painter(options.size, options.interpolation, table.exif)
-        reader = GroupReader(container, stream, table, options.skip)
+        stream.codec_context.thread_count = 1 if self._alone else self._each
+        hand = self._hand(container, stream)
         try:
             while (group := self._take()) is not None:
-                try:
-                    self._draw(reader, group, painter)
-                except InterlacedError:
-                    reader.play()
-                    self._draw(reader, group, painter)
+                hand.draw(group, self.canvas, lambda: self._stop)
                 if self._drawn and not self._stop:
                     self._drawn(group)
         except (FrameMismatchError, GeometryChangedError) as error:
             self._misled = error
             self._stop = True
         finally:
+            hand.close()
             with self._lock:
                 work = self._work
                 self._work = replace(
                     work,
-                    decoded=work.decoded + reader.decoded,
-                    skipped=work.skipped + reader.skipped,
-                    seeks=work.seeks + reader.seeks,
+                    decoded=work.decoded + hand.reader.decoded,
+                    skipped=work.skipped + hand.reader.skipped,
+                    seeks=work.seeks + hand.reader.seeks,
                     opened=work.opened + 1,
                     threads=(work.opened + 1) * self._each,
                 )
 
-    def _draw(self, reader: GroupReader, group: Group, painter: Painter) -> None:
-        for slot, frame in reader.read(group):
-            if self._stop:
-                return
-            self.canvas.draw(slot, frame, painter)
+    def _hand(self, container: InputContainer, stream: VideoStream) -> Hand:
+        table, options = self._table, self.options
+        assert table is not None
+        painter = Painter(options.size, options.interpolation, table.exif)
+        if self._alone:
+            return open_rgb(options.backend, self.source, (container, stream), table, painter, self._each)
+        return SoftwareHand(GroupReader(container, stream, table, options.skip), painter)
 
     def _take(self) -> Group | None:
         with self._lock:
@@ -266,7 +279,7 @@ class Reading:
             with source.open() as (container, stream):
                 table = scan(container, stream)
         painter = Painter(options.size, options.interpolation, table.exif)
-        work = Work(way="sequential", groups=self._work.groups, opened=self._work.opened + 1)
+        work = Work(way="sequential", note=options.note, groups=self._work.groups, opened=self._work.opened + 1)
         if table.exact:
             numbers = self._numbers(table, table.total, table.pts)
             canvas = Canvas(numbers, steady=False)

@@ -92,6 +92,16 @@ class Source:
         """Whether it comes from a server."""
         return "://" in self._url and not self._url.startswith("file:")
 
+    def local(self) -> str | bytes:
+        """For libraries that open videos themselves: its path, or what it holds; VideoError if a server has it."""
+        if self._data is not None:
+            return self._data
+        if self._file is not None:
+            return _View(self._file, self._lock).read()
+        if self.remote or not self._url.startswith("file:"):
+            raise VideoError(f'{self.name} is read by backend="pyav" only; download it for another one')
+        return str(Path(self._url.removeprefix("file:")).absolute())
+
     @contextmanager
     def open(self, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
         """Open the container and its video stream at the start; FFmpeg's errors inside the block become VideoError."""

@@ -1,14 +1,15 @@
-"""Hardware decoders: packets in, pictures that stay in the memory of a GPU out.
+"""What may decode in PyAV's place: hardware, and other libraries.
 
-Each backend has `probe()`, which says in words why it cannot be used here (None if it can), and a decoder with one
-method, `decode(packets, wanted)`, which decodes one group of pictures and yields the wanted ones as `Picture`s. Whoever
-calls it finds the groups and seeks; a `Picture` turns itself into upright, resized, normalised RGB.
+Each backend has `probe()`, which says in words why it cannot be used here (None if it can). Hardware decoders take
+packets and leave pictures in the memory of a GPU: their one method, `decode(packets, wanted)`, decodes one group of
+pictures and yields the wanted ones as `Picture`s, which turn themselves into upright, resized, normalised RGB; whoever
+calls it finds the groups and seeks. The other libraries open the file themselves and deliver RGB (`rgb.Pictures`).
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmaccel.errors import VideoError
 
@@ -20,11 +21,27 @@ if TYPE_CHECKING:
 
     from mmaccel.codecs.backends.picture import Picture
 
-__all__ = ["BACKENDS", "Decoder", "open_decoder", "probe"]
+__all__ = ["BACKENDS", "HARDWARE", "RGB", "BackendError", "Decoder", "load", "open_decoder", "probe", "unsuitable"]
 
+_HOMES = {
+    "decord": ("decord", "DecordPictures"),
+    "torchcodec": ("torchcodec", "TorchcodecPictures"),
+    "cuda": ("cuda", "CudaDecoder"),
+    "pynvvideocodec": ("pynvvideocodec", "NvDecoder"),
+}
+RGB = ("decord", "torchcodec")
 # In the order in which one would choose: the first needs nothing but PyAV.
-_HOMES = {"cuda": ("cuda", "CudaDecoder"), "pynvvideocodec": ("pynvvideocodec", "NvDecoder")}
-BACKENDS = tuple(_HOMES)
+HARDWARE = ("cuda", "pynvvideocodec")
+BACKENDS = ("pyav", *RGB, *HARDWARE)
+
+
+class BackendError(VideoError):
+    """A backend cannot be used on this machine, or cannot give the frames of this video that PyAV gives."""
+
+
+def unsuitable(backend: str, reason: str) -> BackendError:
+    """The error that says why a backend is not used for a video, and what to do."""
+    return BackendError(f'backend="{backend}" cannot be used: {reason}; use backend="pyav"')
 
 
 class Decoder(Protocol):
@@ -41,22 +58,27 @@ class Decoder(Protocol):
         ...
 
 
-def _home(backend: str) -> tuple[str, str]:
-    if backend not in _HOMES:
-        raise VideoError(f"backend={backend!r} is no hardware decoder; choose {', '.join(BACKENDS)}")
-    home, name = _HOMES[backend]
-    return f"{__name__}.{home}", name
-
-
 def probe(backend: str, device: int = 0) -> str | None:
-    """Why a backend cannot decode on GPU number `device`, and what to install; None if it can."""
-    return importlib.import_module(_home(backend)[0]).probe(device)
+    """Why a backend cannot decode (on GPU number `device`, if it is hardware), and what to install; None if it can."""
+    if backend not in BACKENDS:
+        raise VideoError(f"backend={backend!r} is not known; choose {', '.join(BACKENDS)}")
+    if backend == "pyav":
+        return None
+    module = importlib.import_module(f"{__name__}.{_HOMES[backend][0]}")
+    return module.probe(device) if backend in HARDWARE else module.probe()
+
+
+def load(backend: str, device: int = 0) -> Any:
+    """The class that decodes; VideoError says why there is none here."""
+    reason = probe(backend, device)
+    if reason is not None:
+        raise BackendError(f"backend={backend!r} cannot be used: {reason}")
+    home, name = _HOMES[backend]
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def open_decoder(backend: str, stream: VideoStream, device: int = 0) -> Decoder:
-    """A decoder for a stream on GPU number `device`; VideoError says why there can be none."""
-    home, name = _home(backend)
-    reason = probe(backend, device)
-    if reason is not None:
-        raise VideoError(f"backend={backend!r} cannot be used: {reason}")
-    return getattr(importlib.import_module(home), name)(stream, device)
+    """A hardware decoder for a stream on GPU number `device`; VideoError says why there can be none."""
+    if backend not in HARDWARE:
+        raise VideoError(f"backend={backend!r} is no hardware decoder; choose {', '.join(HARDWARE)}")
+    return load(backend, device)(stream, device)
