@@ -127,7 +127,9 @@ class FrameCache:
         wish = {name: _plain(value) for name, value in wanted.arguments.items() if name not in _NO_MATTER}
         key = digest(json.dumps([content, wish, _decoder()], sort_keys=True).encode())
         path = self._entries / f"{key}.safetensors"
-        kept = self._read(path, wanted.arguments.get("device"))
+        device = wanted.arguments.get("device")
+        # Several decode, and the frames come to lie on the first.
+        kept = self._read(path, device[0] if isinstance(device, (list, tuple)) else device)
         if kept is not None:
             self._count("hits")
             _warn_of_damage(Source(src).name, kept)

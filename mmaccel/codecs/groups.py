@@ -137,14 +137,7 @@ class GroupReader:
         missing, awaited, last, delivered = set(wanted), set[int](), start - 1, 0
         skip = self._skip and group.steady
         disposable = self._disposable if skip else None
-        for packet in self._packets_of(group, start, missing if skip else {start, end}):
-            time = None if packet is None or packet.pts is None else packet.pts
-            if packet is not None and time in table.slot_at and time >= start:
-                if time not in wanted and disposable and disposable(memoryview(packet)):
-                    self.skipped += 1
-                    continue
-                awaited.add(time)
-                missing.discard(time)
+        for packet in self._needed(group, missing, awaited):
             for frame in self._decode(packet):
                 if frame.pts is not None and frame.pts < start:
                     continue  # stored behind the keyframe but shown before it: it cannot be decoded from here
@@ -165,6 +158,34 @@ class GroupReader:
                     return
         if missing or awaited:
             raise FrameMismatchError
+
+    def packets(self, group: Group) -> Iterator[Packet]:
+        """The packets that `read` would decode, for a decoder that tells frames apart and stops by itself.
+
+        Raises FrameMismatchError where the packets are damaged, or other ones than the table says.
+        """
+        wanted = {int(self._table.pts[self._table.row(slot)]) for slot in group.slots}
+        for packet in self._needed(group, wanted, set()):
+            if packet is not None:
+                yield packet
+
+    def _needed(self, group: Group, missing: set[int], awaited: set[int]) -> Iterator[Packet | None]:
+        """The packets to be decoded, then None.
+
+        Takes the pts of wanted frames out of `missing`, and puts those of all frames to come into `awaited`.
+        """
+        table, wanted, start = self._table, frozenset(missing), int(self._table.pts[self._table.row(group.key)])
+        skip = self._skip and group.steady
+        disposable = self._disposable if skip else None
+        for packet in self._packets_of(group, start, missing if skip else {start}):
+            time = None if packet is None or packet.pts is None else packet.pts
+            if packet is not None and time in table.slot_at and time >= start:
+                if time not in wanted and disposable and disposable(memoryview(packet)):
+                    self.skipped += 1
+                    continue
+                awaited.add(time)
+                missing.discard(time)
+            yield packet
 
     def _packets_of(self, group: Group, start: int, missing: set[int]) -> Iterator[Packet | None]:
         """Packets from the keyframe on, as long as any is missing, then None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.sampling import Size, target_size
+
+if TYPE_CHECKING:
+    from mmaccel.codecs.backends.picture import Picture
 
 __all__ = ["Interpolation", "Layout", "Painter", "resized"]
 
@@ -79,6 +82,17 @@ class Painter:
         if upright:
             turned = picture.transpose(1, 2) if layout.transpose else picture
             target.copy_(turned.flip(layout.flips))
+
+    def draw(self, picture: Picture, layout: Layout, out: torch.Tensor, rows: list[int]) -> None:
+        """Write a hardware decoder's picture, upright and resized, into rows of out, uint8 [N, 3, H, W] on its GPU."""
+        picture.draw(
+            out,
+            rows,
+            transpose=layout.transpose,
+            flip_right=2 in layout.flips,
+            flip_down=1 in layout.flips,
+            interpolation=self._interpolation,
+        )
 
     def planes(self, frame: VideoFrame) -> list[np.ndarray]:
         """The stored picture in RGB, native size."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["Crew", "Task"]
+__all__ = ["Crew", "Task", "Ticket"]
 
 Result = TypeVar("Result", covariant=True)
 
@@ -45,7 +45,7 @@ class Task(Protocol[Result]):
         ...
 
 
-class _Ticket(Generic[Result]):
+class Ticket(Generic[Result]):
     """What the crew knows of a task."""
 
     def __init__(self, task: Task[Result], ended: Callable[[], None]) -> None:
@@ -67,8 +67,8 @@ class Crew(Generic[Result]):
     def __init__(self, threads: int) -> None:
         self._limit = threads
         self._change = threading.Condition()
-        self._waiting: deque[_Ticket[Result]] = deque()
-        self._active: list[_Ticket[Result]] = []
+        self._waiting: deque[Ticket[Result]] = deque()
+        self._active: list[Ticket[Result]] = []
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._stopped = False
@@ -88,15 +88,15 @@ class Crew(Generic[Result]):
         for thread in self._threads:
             thread.join()
 
-    def add(self, task: Task[Result], ended: Callable[[], None] = lambda: None) -> _Ticket[Result]:
+    def add(self, task: Task[Result], ended: Callable[[], None] = lambda: None) -> Ticket[Result]:
         """Take a task in; the ticket is for `result`, `ended()` is called when that need not wait any more."""
-        ticket = _Ticket(task, ended)
+        ticket = Ticket(task, ended)
         with self._change:
             self._waiting.append(ticket)
             self._recruit()
         return ticket
 
-    def result(self, ticket: _Ticket[Result]) -> Result:
+    def result(self, ticket: Ticket[Result]) -> Result:
         """Wait for a task, and return what it finished with; raise its error if it has failed."""
         with self._change:
             self._change.wait_for(lambda: ticket.done)
@@ -126,7 +126,7 @@ class Crew(Generic[Result]):
                 self._fail(ticket, error)
             self._leave(ticket)
 
-    def _choose(self) -> tuple[_Ticket[Result], bool] | None:
+    def _choose(self) -> tuple[Ticket[Result], bool] | None:
         """Wait for something to do; None when the crew is dissolved."""
         with self._change:
             while not self._stopped:
@@ -146,18 +146,18 @@ class Crew(Generic[Result]):
                 self._idle -= 1
             return None
 
-    def _share(self, ticket: _Ticket[Result]) -> None:
+    def _share(self, ticket: Ticket[Result]) -> None:
         with self._change:
             ticket.planning = False
             self._recruit()
 
-    def _fail(self, ticket: _Ticket[Result], error: BaseException) -> None:
+    def _fail(self, ticket: Ticket[Result], error: BaseException) -> None:
         with self._change:
             if ticket.error is None:
                 ticket.error = error
             ticket.task.abandon()
 
-    def _leave(self, ticket: _Ticket[Result]) -> None:
+    def _leave(self, ticket: Ticket[Result]) -> None:
         """Finish a task if this was the last thread that worked on it."""
         with self._change:
             ticket.hands -= 1

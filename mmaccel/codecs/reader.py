@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
+from mmaccel.codecs.backends import HARDWARE, BackendError
+from mmaccel.codecs.backends.choice import Backend, Device, choose, places
 from mmaccel.codecs.picture import Interpolation
 from mmaccel.codecs.pool import Crew
 from mmaccel.codecs.reading import Options, Reading
@@ -24,15 +26,17 @@ if TYPE_CHECKING:
 
     from mmaccel.codecs.cache import FrameCache
     from mmaccel.codecs.groups import Group
+    from mmaccel.codecs.pool import Ticket
     from mmaccel.codecs.reading import Outcome
 
-__all__ = ["Backend", "Normalize", "iter_video", "load_chosen", "load_video", "load_videos"]
+__all__ = ["Backend", "Device", "Normalize", "iter_video", "load_chosen", "load_video", "load_videos"]
 
-Backend = Literal["auto", "pyav", "decord", "torchcodec", "cuda", "pynvvideocodec"]
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
 _MOST_THREADS = 256
 _USUAL_THREADS = 16
+# Sessions of decoding on a GPU, which has one to seven engines and keeps each busy with more than one session.
+_USUAL_SESSIONS = 4
 
 
 def load_video(
@@ -48,7 +52,7 @@ def load_video(
     snap: Literal["keyframe"] | None = None,
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     backend: Backend = "auto",
     threads: int | None = None,
     cache: FrameCache | None = None,
@@ -67,8 +71,16 @@ def load_video(
     How: size is None, the shorter side, or (height, width), in pixels of the upright picture; pixels are taken as
     square. A side has at most 32768 pixels, a call at most a million frames, and the result must fit in the free
     memory. normalize=(mean, std), each a number or three, gives float32 (frames / 255 - mean) / std. device is where
-    the frames come to lie. threads is the number of decoding threads, at most 256, by default one a core and at most
-    16.
+    the frames come to lie; several GPUs share the decoding, and the frames lie on the first. threads is the number of
+    decoding threads, at most 256, by default one a core and at most 16; of sessions on GPUs, by default four on each.
+
+    backend is what decodes; all give the same frames, bit for bit, or raise BackendError, a VideoError that says why:
+    "pyav", which reads everything; "decord" and "torchcodec", which must be installed, for H.264, HEVC, Motion JPEG and
+    FFV1 of 8 bits in MP4, MOV and Matroska, with closed groups of pictures; "cuda" (FFmpeg on an NVIDIA GPU) and
+    "pynvvideocodec" (NVIDIA's library) for 4:2:0 of 8 bits with even sides. "auto" is "cuda" for frames that are wanted
+    on a GPU, as far as that goes, and else "pyav"; `work.note` says why not. One keyframe of every group (of every
+    session on a GPU) is decoded by PyAV too and compared. Only PyAV tells of all damage: the others may show a damaged
+    frame between keyframes as they decode it, without a warning.
 
     cache is a FrameCache, which decodes the same request for the same content once.
 
@@ -100,8 +112,9 @@ def load_video(
             threads=threads,
         )  # fmt: skip
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
-    return _load(Source(src), request, options, finish, _threads(threads))
+    options = _options(size, interpolation, snap, skip_nonref, backend, device)
+    finish = Finish.of(normalize, device, backend)
+    return _load(Source(src), request, options, finish, _threads(threads, options))
 
 
 def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> Video:
@@ -109,13 +122,24 @@ def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> V
 
     Of a damaged video, `choose` may be asked again with a better count.
     """
-    return _load(Source(src), Request(choose=choose), Options(), Finish.of(None, None), _threads(None))
+    return _load(Source(src), Request(choose=choose), Options(), Finish.of(None), _threads(None, Options()))
 
 
 def _load(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Video:
     with Crew["Outcome"](threads) as crew:
-        outcome = crew.result(crew.add(Reading(source, request, options)))
+        outcome = _result(crew, Reading(source, request, options))
     return video_of(outcome, source.name, finish(outcome.canvas.frames), stacklevel=3)
+
+
+def _result(crew: Crew[Outcome], reading: Reading, ticket: Ticket[Outcome] | None = None) -> Outcome:
+    """Wait for a reading that the crew works on, or is to; PyAV reads the video anew where that is allowed."""
+    try:
+        return crew.result(crew.add(reading) if ticket is None else ticket)
+    except BackendError as error:
+        if not reading.options.spare:
+            raise
+        options = replace(reading.options, backend="pyav", devices=(), spare=False, note=str(error))
+        return crew.result(crew.add(Reading(reading.source, reading.request, options)))
 
 
 def iter_video(
@@ -131,7 +155,7 @@ def iter_video(
     snap: Literal["keyframe"] | None = None,
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     backend: Backend = "auto",
     threads: int | None = None,
 ) -> Iterator[Part]:
@@ -143,8 +167,9 @@ def iter_video(
     video one of the first part. The frames of all parts are held until the end.
     """
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
-    return _parts(Source(src), request, options, finish, _threads(threads))
+    options = _options(size, interpolation, snap, skip_nonref, backend, device)
+    finish = Finish.of(normalize, device, backend)
+    return _parts(Source(src), request, options, finish, _threads(threads, options))
 
 
 def _parts(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Iterator[Part]:
@@ -167,7 +192,7 @@ def _parts(source: Source, request: Request, options: Options, finish: Finish, t
                     pts=torch.from_numpy(reading.seconds[start:row]),
                     indices=torch.from_numpy(numbers[start:row]),
                 )
-        outcome = crew.result(ticket)
+        outcome = _result(crew, reading, ticket)
     video = video_of(outcome, source.name, outcome.canvas.frames, stacklevel=2)
     if row < len(video):
         yield Part(row, finish(video.frames[row:]), video.pts[row:], video.indices[row:])
@@ -186,7 +211,7 @@ def load_videos(
     snap: Literal["keyframe"] | None = None,
     skip_nonref: bool = True,
     normalize: Normalize | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     backend: Backend = "auto",
     threads: int | None = None,
     on_error: Literal["return", "raise"] = "return",
@@ -202,9 +227,10 @@ def load_videos(
     if isinstance(sources, (str, bytes, os.PathLike)) or hasattr(sources, "read"):
         raise VideoError("load_videos takes a list of videos; for one video use load_video")
     request = Request.of(frames, fps, indices, seconds, on_short)
-    options, finish = _options(size, interpolation, snap, skip_nonref, backend), Finish.of(normalize, device)
+    options = _options(size, interpolation, snap, skip_nonref, backend, device)
+    finish = Finish.of(normalize, device, backend)
     videos: list[Video | VideoError] = []
-    with Crew["Outcome"](_threads(threads)) as crew:
+    with Crew["Outcome"](_threads(threads, options)) as crew:
         entries = deque(_entry(crew, src, request, options) for src in sources)
         while entries:
             entry = entries.popleft()
@@ -212,7 +238,7 @@ def load_videos(
                 if isinstance(entry, VideoError):
                     raise entry
                 reading, ticket = entry
-                outcome = crew.result(ticket)
+                outcome = _result(crew, reading, ticket)
                 videos.append(video_of(outcome, reading.source.name, finish(outcome.canvas.frames), stacklevel=2))
             except VideoError as error:
                 if on_error == "raise":
@@ -229,19 +255,26 @@ def _entry(crew: Crew[Outcome], src: VideoSource, request: Request, options: Opt
     return reading, crew.add(reading)
 
 
-def _options(size: Size, interpolation: Interpolation, snap: str | None, skip_nonref: bool, backend: str) -> Options:
+def _options(
+    size: Size, interpolation: Interpolation, snap: str | None, skip_nonref: bool, backend: Backend, device: Device
+) -> Options:
     if interpolation not in get_args(Interpolation):
         raise VideoError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, not {interpolation!r}")
     if snap not in (None, "keyframe"):
         raise VideoError(f'snap must be None or "keyframe", not {snap!r}')
     target_size(1, 1, size)
-    if backend not in get_args(Backend):
-        raise VideoError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
-    return Options(size, interpolation, bool(skip_nonref), snap is not None, "pyav" if backend == "auto" else backend)
+    chosen, devices, note = choose(backend, device)
+    spare = backend == "auto" and chosen != "pyav"
+    return Options(size, interpolation, bool(skip_nonref), snap is not None, chosen, devices, spare, note)
 
 
-def _threads(threads: int | None) -> int:
-    count = min(_cores(), _USUAL_THREADS) if threads is None else whole_number(threads, "threads")
+def _threads(threads: int | None, options: Options) -> int:
+    if threads is not None:
+        count = whole_number(threads, "threads")
+    elif options.backend in HARDWARE:
+        count = _USUAL_SESSIONS * len(options.devices)
+    else:
+        count = min(_cores(), _USUAL_THREADS)
     if not 1 <= count <= _MOST_THREADS:
         raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
     return count
@@ -261,10 +294,10 @@ class Finish:
     device: torch.device
 
     @classmethod
-    def of(cls, normalize: Normalize | None, device: str | torch.device | None) -> Finish:
+    def of(cls, normalize: Normalize | None, device: Device = None, backend: Backend = "auto") -> Finish:
         """Check the arguments."""
+        place = places(device, backend)[0]
         try:
-            place = torch.device("cpu" if device is None else device)
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).strip().partition("\n")[0]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmaccel.codecs.backends import RGB, unsuitable
+from mmaccel.codecs.backends import HARDWARE, RGB, unsuitable
+from mmaccel.codecs.backends.gpu import GpuHand
 from mmaccel.codecs.backends.rgb import open_rgb
 from mmaccel.codecs.canvas import Canvas, GeometryChangedError
 from mmaccel.codecs.decode import decode_in_order, decode_slots, survey
@@ -24,6 +25,7 @@ from mmaccel.errors import VideoError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -41,7 +43,8 @@ _WORTH_OPENING = 8
 class Options:
     """How pictures are made of frames, which frames may be left out, and what decodes.
 
-    backend: "pyav", or one that is in the reader's words another decoder. note: why it is not the one that was wanted.
+    backend: "pyav", or what stands in its place. devices: those that a hardware decoder works on; frames come to lie on
+    the first one. spare: whether PyAV takes over where the backend fails. note: why it has.
     """
 
     size: Size = None
@@ -49,6 +52,8 @@ class Options:
     skip: bool = True
     snap: bool = False
     backend: str = "pyav"
+    devices: tuple[torch.device, ...] = ()
+    spare: bool = False
     note: str = ""
 
 
@@ -141,6 +146,7 @@ class Reading:
         self._stop = False
         self._misled: Exception | None = None
         self._each = 1
+        self._hands = 0
         self._work = Work(backend=options.backend, note=options.note)
         self._table: PacketTable | None = None
         self.numbers = np.empty(0, dtype=np.int64)
@@ -153,7 +159,10 @@ class Reading:
             self._plan(container, stream)
             if self._groups:
                 # Cores that no group is left for help inside of the groups.
-                self._each = hands if self._alone else max(1, hands // len(self._groups))
+                if self._alone:
+                    self._each = hands
+                elif self.options.backend not in HARDWARE:
+                    self._each = max(1, hands // len(self._groups))
                 shared()
                 self._draw_groups(container, stream)
 
@@ -198,7 +207,7 @@ class Reading:
         if self.options.snap:
             self.numbers = np.array([table.nearest_key(slot) for slot in self.numbers.tolist()])
         self.seconds = _seconds(table, self.numbers)
-        self.canvas = Canvas(self.numbers)
+        self.canvas = Canvas(self.numbers, device=self.options.devices[0] if self.options.devices else None)
         groups = groups_for(table, self.numbers)
         self._left = sum(group.cost for group in groups)
         self._work = replace(self._work, groups=len(groups), approximate=self.options.snap)
@@ -233,7 +242,7 @@ class Reading:
         raise VideoError(f"no frame of {self.source.name} can be decoded; is it complete, and undamaged?")
 
     def _draw_groups(self, container: InputContainer, stream: VideoStream) -> None:
-        stream.codec_context.thread_count = 1 if self._alone else self._each
+        stream.codec_context.thread_count = self._each if self.options.backend == "pyav" else 1
         hand = self._hand(container, stream)
         try:
             while (group := self._take()) is not None:
@@ -262,7 +271,13 @@ class Reading:
         painter = Painter(options.size, options.interpolation, table.exif)
         if self._alone:
             return open_rgb(options.backend, self.source, (container, stream), table, painter, self._each)
-        return SoftwareHand(GroupReader(container, stream, table, options.skip), painter)
+        reader = GroupReader(container, stream, table, options.skip)
+        if options.backend in HARDWARE:
+            with self._lock:
+                device = options.devices[self._hands % len(options.devices)]
+                self._hands += 1
+            return GpuHand(options.backend, device, stream, table, reader, painter)
+        return SoftwareHand(reader, painter)
 
     def _take(self) -> Group | None:
         with self._lock:

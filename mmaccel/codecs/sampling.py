@@ -215,14 +215,15 @@ def target_size(height: int, width: int, size: Size) -> tuple[int, int]:
     return rows, columns
 
 
-def allocate(count: int, height: int, width: int) -> torch.Tensor:
+def allocate(count: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """An empty uint8 [count, 3, height, width]; VideoError if the memory that is free cannot hold it."""
-    wanted, free = 3 * count * height * width, _free_memory()
+    host = device is None or device.type == "cpu"
+    wanted, free = 3 * count * height * width, _free_memory() if host else torch.cuda.mem_get_info(device)[0]
     problem = f"{count} frame(s) of {height} x {width} need {wanted / 2**30:.3g} GiB of memory"
     if free is not None and wanted > free:
         raise VideoError(f"{problem}, and {free / 2**30:.3g} GiB are free; ask for fewer frames or a smaller size")
     try:
-        return torch.empty(count, 3, height, width, dtype=torch.uint8)
+        return torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         raise VideoError(f"{problem}, which is not to be had; ask for fewer frames or a smaller size") from error
 

@@ -140,6 +140,7 @@ class OnTheGpu:
     """A frame as PyAV gives it from a GPU: planes go out by DLPack, and to no named stream."""
 
     def __init__(self, frame, name="cuda"):
+        self.is_corrupt = frame.is_corrupt
         self.pts, self.colorspace, self.color_range = frame.pts, frame.colorspace, frame.color_range
         self.format = type("Format", (), {"name": name})
         self._frame = frame.reformat(format="nv12", dst_color_range=frame.color_range)
@@ -328,7 +329,7 @@ def test_nv_refuses_what_it_cannot_decode(clip, nv):
 def test_why_there_is_no_gpu(clip, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    for backend in backends.BACKENDS:
+    for backend in backends.HARDWARE:
         reason = backends.probe(backend)
         assert "torch sees no GPU; install the NVIDIA driver" in reason
         with (
@@ -341,7 +342,7 @@ def test_why_there_is_no_gpu(clip, monkeypatch):
         pytest.raises(VideoError, match="h264 cannot be decoded on GPU 0 "),
     ):
         cuda.CudaDecoder(container.streams.video[0], 0)
-    with pytest.raises(VideoError, match="choose cuda, pynvvideocodec"):
+    with pytest.raises(VideoError, match="choose pyav, decord, torchcodec, cuda, pynvvideocodec"):
         backends.probe("vdpau")
     # a machine whose GPU torch sees, and whose driver has no video libraries
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

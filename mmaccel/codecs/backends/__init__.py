@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
     from mmaccel.codecs.backends.picture import Picture
 
-__all__ = ["BACKENDS", "HARDWARE", "RGB", "BackendError", "Decoder", "load", "open_decoder", "probe", "unsuitable"]
+__all__ = [
+    "BACKENDS",
+    "HARDWARE",
+    "RGB",
+    "BackendError",
+    "Decoder",
+    "decoder_class",
+    "load",
+    "open_decoder",
+    "probe",
+    "unsuitable",
+]
 
 _HOMES = {
     "decord": ("decord", "DecordPictures"),
@@ -68,13 +79,18 @@ def probe(backend: str, device: int = 0) -> str | None:
     return module.probe(device) if backend in HARDWARE else module.probe()
 
 
+def decoder_class(backend: str) -> Any:
+    """The class that decodes, whether it can be used here or not."""
+    home, name = _HOMES[backend]
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
 def load(backend: str, device: int = 0) -> Any:
-    """The class that decodes; VideoError says why there is none here."""
+    """The class that decodes; BackendError says why there is none here."""
     reason = probe(backend, device)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot be used: {reason}")
-    home, name = _HOMES[backend]
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return decoder_class(backend)
 
 
 def open_decoder(backend: str, stream: VideoStream, device: int = 0) -> Decoder:

@@ -70,6 +70,7 @@ class CudaDecoder:
     def __init__(self, stream: VideoStream, device: int | str = 0) -> None:
         self.device = torch_device(device)
         self.decoded = 0
+        self._first = 0
         given = cast("VideoCodecContext", stream.codec_context)
         check_chroma(given)
         self._stated = colours_of(int(given.colorspace), int(given.color_range))
@@ -96,7 +97,7 @@ class CudaDecoder:
         further; no more of them are taken than needed. wanted: pts in the stream's ticks. A picture is valid until
         the next one is asked for. Afterwards the decoder is ready for the next group, whatever happened.
 
-        Raises VideoError if the decoder fails, or ends without a wanted frame.
+        Raises VideoError if the decoder fails, reports damage, or ends without a wanted frame.
         """
         missing = set(wanted)
         if not missing:
@@ -104,6 +105,9 @@ class CudaDecoder:
         try:
             for frame in self._frames(packets):
                 self.decoded += 1
+                # leading pictures of an open group lack what they refer to
+                if frame.is_corrupt and frame.pts is not None and frame.pts >= self._first:
+                    raise VideoError(f"the frame at pts {frame.pts} is damaged; decode this video on the CPU")
                 if frame.pts in missing:
                     missing.discard(frame.pts)
                     yield frame.pts, self._picture(frame)
@@ -120,7 +124,10 @@ class CudaDecoder:
         raise VideoError(f"the decoder ended without {len(missing)} wanted frame(s), the first at pts {min(missing)}")
 
     def _frames(self, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+        started = False
         for packet in packets:
+            if not started and packet.pts is not None:
+                self._first, started = packet.pts, True
             # an empty packet would tell the decoder that the video is over
             if packet.size:
                 yield from self._context.decode(packet)
