@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -67,6 +68,33 @@ def encode(recipe: Recipe, folder: Path) -> Path:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def coloured(path: Path, space: int, range_: int, options: dict[str, str] | None = None, height: int = 50) -> Path:
+    """Noise, so that every pixel depends on matrix and range."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 102, height, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, range_
+        for number in range(3):
+            noise = np.random.default_rng(number).integers(0, 256, (height * 3 // 2, 102), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(noise, format="yuv420p")
+            frame.colorspace, frame.color_range, frame.pts = space, range_, number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def turned(path: Path, target: Path, matrix: tuple[int, ...]) -> Path:
+    """Write an MP4 file anew with a display matrix: (a, b, c, d) of x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = matrix
+    data = bytearray(path.read_bytes())
+    shift = (WIDTH * (a < 0) + HEIGHT * (c < 0), WIDTH * (b < 0) + HEIGHT * (d < 0))
+    numbers = [n << 16 for n in (a, b, 0, c, d, 0, *shift)]
+    # tkhd, version 0: the matrix (a b u c d v x y w) starts 40 bytes into the payload.
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *numbers, 1 << 30)
+    target.write_bytes(data)
+    return target
 
 
 def sequential(path: Path, size: tuple[int, int] | None = None) -> list[np.ndarray]:

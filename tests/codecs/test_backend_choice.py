@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import HEIGHT, RECIPES, WIDTH, Recipe, encode, picture, resized, sequential
+from clips import HEIGHT, RECIPES, WIDTH, Recipe, coloured, encode, picture, resized, sequential, turned
 
 from mmaccel.codecs import backends, iter_video, load_video, load_videos
 from mmaccel.codecs.backends import BackendError, rgb
@@ -67,34 +67,13 @@ def test_every_single_frame_is_sought_exactly(clip: Clip, library: str) -> None:
 
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (0, 1, 1, 0), (-1, 0, 0, 1)])
 def test_turned_recordings(clip: Clip, tmp_path: Path, library: str, matrix: tuple[int, ...]) -> None:
-    a, b, c, d = matrix
-    data = bytearray(clip("b-frames.mp4").read_bytes())
-    shift = (WIDTH * (a < 0) + HEIGHT * (c < 0), WIDTH * (b < 0) + HEIGHT * (d < 0))
-    numbers = [n << 16 for n in (a, b, 0, c, d, 0, *shift)]
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *numbers, 1 << 30)
-    path = tmp_path / "turned.mp4"
-    path.write_bytes(data)
+    path = turned(clip("b-frames.mp4"), tmp_path / "turned.mp4", matrix)
     for size in (None, (50, 44)):
         plain = load_video(path, 4, size=size)
         video = load_video(path, 4, size=size, backend=library)  # type: ignore[arg-type]
         assert torch.equal(video.frames, plain.frames)
         assert video.rotation == plain.rotation
     assert not torch.equal(load_video(clip("b-frames.mp4"), 1).frames, load_video(path, 1).frames)
-
-
-def coloured(path: Path, space: int, range_: int, options: dict[str, str] | None = None, height: int = 50) -> Path:
-    """Noise, so that every pixel depends on matrix and range."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = 102, height, "yuv420p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = space, range_
-        for number in range(3):
-            noise = np.random.default_rng(number).integers(0, 256, (height * 3 // 2, 102), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(noise, format="yuv420p")
-            frame.colorspace, frame.color_range, frame.pts = space, range_, number
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 @pytest.mark.parametrize(("space", "range_"), [(1, 1), (1, 2), (6, 1), (6, 2), (7, 1), (9, 1)])

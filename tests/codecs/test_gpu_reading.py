@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -12,11 +14,13 @@ import fake_nvvideocodec as fake
 import numpy as np
 import pytest
 import torch
-from clips import RECIPES, Recipe, encode, sequential
+from clips import RECIPES, Recipe, coloured, encode, sequential, turned
 
 from mmaccel.codecs import VideoWarning, backends, iter_video, load_video, load_videos, reader
 from mmaccel.codecs.backends import BackendError, choice, cuda
-from mmaccel.codecs.backends.picture import Colours
+from mmaccel.codecs.backends.picture import Colours, Picture
+from mmaccel.codecs.canvas import Canvas
+from mmaccel.codecs.picture import Painter
 from mmaccel.errors import VideoError
 
 Clip = Callable[[str], Path]
@@ -64,6 +68,23 @@ def test_equal_to_sequential_decoding_or_refused(clip: Clip, backend: str, name:
     plain, small = load_video(path, 5, size=(40, 92), backend="pyav"), load(path, 5, size=(40, 92), backend=backend)
     assert torch.equal(small.frames, plain.frames)
     assert torch.equal(small.pts, plain.pts)
+
+
+@pytest.mark.parametrize("turn", itertools.product((1, -1), (1, -1), (False, True)))
+def test_turned_recordings(clip: Clip, tmp_path: Path, turn: tuple[int, int, bool]) -> None:
+    p, q, across = turn
+    path = turned(clip("b-frames.mp4"), tmp_path / "turned.mp4", (0, p, q, 0) if across else (p, 0, 0, q))
+    for size in (None, (50, 44)):
+        plain, video = load_video(path, 4, size=size, backend="pyav"), load(path, 4, size=size, backend="cuda")
+        assert torch.equal(video.frames, plain.frames)
+        assert (video.rotation, video.height, video.width) == (plain.rotation, plain.height, plain.width)
+
+
+@pytest.mark.parametrize(("space", "range_"), [(1, 1), (1, 2), (6, 2), (9, 1)])
+def test_colours(tmp_path: Path, space: int, range_: int) -> None:
+    path = coloured(tmp_path / "colours.mp4", space, range_)
+    for backend in backends.HARDWARE:
+        assert torch.equal(load(path, backend=backend).frames, load_video(path, backend="pyav").frames)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -153,6 +174,41 @@ def test_ten_bits_are_left_to_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="pictures in yuv420p10le"):
         load(path, 2, backend="cuda")
     assert torch.equal(load(path, 2, backend="auto").frames, load_video(path, 2, backend="pyav").frames)
+
+
+def test_interlaced_video_is_left_to_the_cpu(tmp_path: Path) -> None:
+    path = coloured(tmp_path / "i.mp4", 1, 1, {"x264-params": "interlaced=1"}, 64)
+    for backend in backends.HARDWARE:
+        with pytest.raises(BackendError, match="the video is interlaced"):
+            load(path, 2, backend=backend)
+
+
+def test_a_picture_on_another_gpu_than_the_canvas(clip: Clip) -> None:
+    path, drawn = clip("b-frames.mp4"), []
+
+    class Elsewhere:
+        """A picture whose device is not called that of the canvas."""
+
+        def __init__(self, picture: Picture) -> None:
+            self._picture = picture
+            self.y = SimpleNamespace(shape=picture.y.shape, device=torch.device("cpu", 0))
+
+        def draw(self, out: torch.Tensor, rows: list[int], **how: Any) -> None:
+            drawn.append(len(out))
+            self._picture.draw(out, rows, **how)
+
+    canvas, painter = Canvas(np.array([0, 1, 0])), Painter(40)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        decoder = cuda.CudaDecoder(stream, "cpu")
+        first = next(av.open(str(path)).decode(video=0))
+        pts = int(first.pts or 0)
+        for _, picture in decoder.decode(container.demux(stream), [pts]):
+            canvas.draw_picture(0, Elsewhere(picture), painter.layout(first), painter)  # type: ignore[arg-type]
+    assert drawn == [1]
+    expected = load_video(path, 1, size=40, backend="pyav").frames[0]
+    for row in (0, 2):
+        assert torch.equal(canvas.frames[row], expected)
 
 
 def test_errors_of_the_request_stay_what_they_are(clip: Clip) -> None:
