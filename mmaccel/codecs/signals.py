@@ -1,0 +1,232 @@
+"""What the bitstream of a video says about its frames, as signals on a grid of tokens; and how a method is given it."""
+
+from __future__ import annotations
+
+import heapq
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmaccel.errors import NotApplicableError, VideoError
+from mmaccel.tokens.allocate import resolve_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmaccel.core.prefill import VisualTokens
+
+__all__ = ["CodecSignals", "change_between", "overlap", "select_frames", "signals_of", "using_signals"]
+
+# The displacement in pixels at which a patch counts as 1 - 1/e changed.
+_MOVED = 4.0
+
+
+def overlap(edges: torch.Tensor, cells: int) -> torch.Tensor:
+    """Which share of each of `cells` equal parts of an axis lies in which interval: float32 [cells, intervals].
+
+    edges: ascending, [intervals + 1], from one end of the axis to the other. Rows sum to 1.
+    """
+    start, end = float(edges[0]), float(edges[-1])
+    parts = torch.linspace(start, end, cells + 1, dtype=torch.float64)
+    edges = edges.double()
+    low = torch.maximum(parts[:-1, None], edges[None, :-1])
+    high = torch.minimum(parts[1:, None], edges[None, 1:])
+    return ((high - low).clamp_min(0) * (cells / (end - start))).float()
+
+
+@dataclass(frozen=True, eq=False)
+class CodecSignals:
+    """What changed from each of N frames to the next, as the encoder of the file saw it, on a grid of cells.
+
+    The grid covers the whole upright picture in equal parts. Entry n compares frame `indices[n]` with frame
+    `indices[n - 1]`; the first frame has nothing before it and is all new.
+
+    indices: int64 [N], ascending. motion: float32 [N, rows, columns], how far what the cell shows has moved, in pixels
+    of the file, mean over the cell. fresh: the share of the cell that was not predicted from what was shown before.
+    still: the share that every frame in between copied from its own place. bits: an upper bound of the residual, in
+    bits a pixel: the packets of the frames in between, spread over the blocks that are not still (FFmpeg exports no
+    residuals, and the quantiser of a block, which it does export, says nothing of them). packet_bytes: int64 [N], the
+    packets after frame n - 1 up to frame n. types: "I", "P", "B" or "?" of each frame. cuts: bool [N], whether a scene
+    cut lies in between. pixels: pixels of a frame. vectors: False if the codec gives no motion vectors: then motion is
+    0, fresh and still are unknown (NaN), and bits are the same all over a frame.
+    """
+
+    indices: torch.Tensor
+    motion: torch.Tensor
+    fresh: torch.Tensor
+    still: torch.Tensor
+    bits: torch.Tensor
+    packet_bytes: torch.Tensor
+    types: tuple[str, ...]
+    cuts: torch.Tensor
+    pixels: int
+    vectors: bool = True
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.motion.shape[1], self.motion.shape[2]
+
+    @property
+    def change(self) -> torch.Tensor:
+        """float32 [N, rows, columns] in [0, 1]: 0 for a copy of the frame before, 1 for what is new.
+
+        fresh + (1 - fresh - still) * (1 - exp(-motion / (4 * moving share))): what moves counts by how far. Without
+        vectors 1 - exp(-bits / 0.05) of the frame.
+        """
+        if not self.vectors:
+            out = 1 - torch.exp(-self.bits / 0.05)
+        else:
+            moving = (1 - self.fresh - self.still).clamp(0, 1)
+            out = self.fresh + moving * (1 - torch.exp(-self.motion / (_MOVED * moving.clamp_min(1e-3))))
+        out[:1] = 1
+        return out.clamp(0, 1)
+
+    def on_grid(self, rows: int, columns: int) -> CodecSignals:
+        """The same signals on another grid, by the area that cells share.
+
+        Raises:
+            VideoError: a side below 1.
+        """
+        if min(rows, columns) < 1:
+            raise VideoError(f"a grid has at least 1 x 1 cells, not {rows} x {columns}")
+        if (rows, columns) == self.grid:
+            return self
+        down, across = (overlap(torch.arange(n + 1), m) for n, m in zip(self.grid, (rows, columns), strict=True))
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        for name in ("motion", "fresh", "still", "bits"):
+            values[name] = down @ values[name] @ across.T
+        return CodecSignals(**values)
+
+
+_given: ContextVar[tuple[CodecSignals, ...]] = ContextVar("mmaccel_codec_signals", default=())
+
+
+@contextmanager
+def using_signals(*signals: CodecSignals) -> Iterator[None]:
+    """Give the methods at work inside of this block the codec's signals of the videos of a call, in their order.
+
+    One for each video of the batch, for exactly the frames that the model is given. Signals belong to a call and not
+    to a model, so they are no knob. Seen in this thread or task only: a `generate` in another thread needs the block
+    around it there. The picture must reach the model whole: a processor that crops it moves it under the grid.
+
+        with mmaccel.accelerate(model, "evs:keep=0.25;temporal=codec"), using_signals(codec_signals(path, frames=8)):
+            model.generate(**inputs)
+
+    Raises:
+        VideoError: something else than `CodecSignals`.
+    """
+    for entry in signals:
+        if not isinstance(entry, CodecSignals):
+            raise VideoError(f"using_signals takes what codec_signals returns, not {type(entry).__name__}")
+    token = _given.set(signals)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def signals_of(method: str, video: int, frames: int) -> CodecSignals:
+    """The signals of one video of the call that is running; `frames` is how many of its frames the model tells apart.
+
+    Models that encode frames in groups tell groups apart: then an entry speaks of the group, against the one before.
+
+    Raises:
+        NotApplicableError: none were given for this video, or they are for another number of frames.
+    """
+    given = _given.get()
+    if video >= len(given):
+        raise NotApplicableError(
+            f"{method} needs the codec's signals of video {video + 1} of this call, and {len(given)} were given; make "
+            "the call inside `with mmaccel.codecs.using_signals(...)`, with one mmaccel.codecs.codec_signals(path, "
+            "indices=video.indices) for each video."
+        )
+    signals = given[video]
+    if len(signals) == frames:
+        return signals
+    size = -(-len(signals) // frames)
+    if -(-len(signals) // size) != frames:
+        raise NotApplicableError(
+            f"{method} was given signals of {len(signals)} frames for a video that the model sees as {frames}; take "
+            "them for the frames that the model is given: codec_signals(path, indices=video.indices)."
+        )
+    return _grouped(signals, size)
+
+
+def _grouped(signals: CodecSignals, size: int) -> CodecSignals:
+    """Join runs of `size` frames: what moved or was new on the way from one run to the next."""
+    runs = [slice(start, start + size) for start in range(0, len(signals), size)]
+
+    def each(values: torch.Tensor, how: str) -> torch.Tensor:
+        return torch.stack([getattr(values[run], how)(dim=0) for run in runs])
+
+    return CodecSignals(
+        indices=signals.indices[::size],
+        motion=each(signals.motion, "sum"),
+        fresh=each(1 - signals.fresh, "prod").neg().add(1),
+        still=each(signals.still, "prod"),
+        bits=each(signals.bits, "sum"),
+        packet_bytes=each(signals.packet_bytes, "sum"),
+        types=signals.types[::size],
+        cuts=each(signals.cuts, "any"),
+        pixels=signals.pixels,
+        vectors=signals.vectors,
+    )
+
+
+def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
+    """How far each living token of a video changed since the living frame before: float32 [frames, tokens a frame].
+
+    Changes over frames that an earlier method has dropped add up, to 1 at most; the first frame is 1.
+
+    Raises:
+        NotApplicableError: as `signals_of`, or frames hold different numbers of tokens.
+    """
+    T, H, W = tokens.shape
+    frames, per_frame = tokens.frames()
+    change = signals_of(method, tokens.video, T).on_grid(H, W).change.view(T, H * W)
+    total = change.to(tokens.features.device).cumsum(0)
+    cell = tokens.cell.view(frames, per_frame)
+    time, place = cell // (H * W), cell % (H * W)
+    before = torch.cat([time[:1], time[:-1]])
+    moved = (total[time, place] - total[before, place]).clamp(0, 1)
+    moved[0] = 1
+    return moved
+
+
+def select_frames(signals: CodecSignals, keep: float | int) -> list[int]:
+    """The places 0 .. N - 1 of the frames worth keeping, ascending: `keep` of them, as a fraction or a number.
+
+    A frame's worth is its mean change from the kept frame before. The one of least worth is dropped and leaves its
+    worth to the next, until `keep` are left; the first is always kept. So copies go first, and a video that moves
+    evenly, or not at all, is thinned evenly.
+
+    Raises:
+        MethodError: `keep` is no fraction in (0, 1], or more than there are.
+    """
+    n = len(signals)
+    left = resolve_keep(keep, n)
+    # what does not move at all is thinned evenly as well
+    worth = (signals.change.double().mean((1, 2)) + 1e-6).tolist()
+    following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
+    heap = [(worth[place], place) for place in range(1, n)]
+    heapq.heapify(heap)
+    dropped: set[int] = set()
+    while n - len(dropped) > left:
+        value, place = heapq.heappop(heap)
+        if place in dropped or value != worth[place]:
+            continue
+        dropped.add(place)
+        before, after = previous[place], following[place]
+        following[before] = after
+        if after < n:
+            previous[after] = before
+            worth[after] += value
+            heapq.heappush(heap, (worth[after], after))
+    return [place for place in range(n) if place not in dropped]
