@@ -1,4 +1,4 @@
-"""Video in and out: exact sampled frames from any file that FFmpeg reads, and a small writer."""
+"""Video in and out: exact sampled frames and codec signals of any file that FFmpeg reads, and a small writer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmaccel.codecs.motion import codec_signals as codec_signals
     from mmaccel.codecs.reader import Video as Video
     from mmaccel.codecs.reader import VideoWarning as VideoWarning
     from mmaccel.codecs.reader import load_video as load_video
+    from mmaccel.codecs.signals import CodecSignals as CodecSignals
+    from mmaccel.codecs.signals import pixel_change as pixel_change
+    from mmaccel.codecs.signals import select_frames as select_frames
+    from mmaccel.codecs.signals import using_signals as using_signals
     from mmaccel.codecs.writer import write_video as write_video
 
-_HOMES = {"Video": "reader", "VideoWarning": "reader", "load_video": "reader", "write_video": "writer"}
+_HOMES = {
+    "CodecSignals": "signals",
+    "Video": "reader",
+    "VideoWarning": "reader",
+    "codec_signals": "motion",
+    "load_video": "reader",
+    "pixel_change": "signals",
+    "select_frames": "signals",
+    "using_signals": "signals",
+    "write_video": "writer",
+}
 
-__all__ = ["Video", "VideoWarning", "load_video", "write_video"]
+__all__ = [
+    "CodecSignals",
+    "Video",
+    "VideoWarning",
+    "codec_signals",
+    "load_video",
+    "pixel_change",
+    "select_frames",
+    "using_signals",
+    "write_video",
+]
 
 
 def __getattr__(name: str) -> object:

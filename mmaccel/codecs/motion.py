@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["codec_signals"]
 
-_TYPES = {PictureType.I: "I", PictureType.P: "P", PictureType.B: "B"}
+_TYPES = {int(PictureType.I): "I", int(PictureType.P): "P", int(PictureType.B): "B"}
 # Codecs with packets whose picture is never shown: only the decoder tells how many frames there are.
 _HIDING = frozenset({"vp8", "vp9"})
 # From this many rows on vectors are gathered on blocks of 16 pixels, below on blocks of 8.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from mmaccel.core.prefill import VisualTokens
 
-__all__ = ["CodecSignals", "change_between", "overlap", "select_frames", "signals_of", "using_signals"]
+__all__ = [
+    "CodecSignals",
+    "change_between",
+    "changes_of",
+    "overlap",
+    "pixel_change",
+    "select_frames",
+    "using_signals",
+]
 
 # The displacement in pixels at which a patch counts as 1 - 1/e changed.
 _MOVED = 4.0
@@ -96,46 +104,50 @@ class CodecSignals:
         """
         if min(rows, columns) < 1:
             raise VideoError(f"a grid has at least 1 x 1 cells, not {rows} x {columns}")
-        if (rows, columns) == self.grid:
-            return self
-        down, across = (overlap(torch.arange(n + 1), m) for n, m in zip(self.grid, (rows, columns), strict=True))
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        for name in ("motion", "fresh", "still", "bits"):
-            values[name] = down @ values[name] @ across.T
-        return CodecSignals(**values)
+        maps = {name: _pooled(getattr(self, name), rows, columns) for name in ("motion", "fresh", "still", "bits")}
+        return replace(self, **maps)
 
 
-_given: ContextVar[tuple[CodecSignals, ...]] = ContextVar("mmaccel_codec_signals", default=())
+_given: ContextVar[tuple[torch.Tensor, ...]] = ContextVar("mmaccel_codec_signals", default=())
 
 
 @contextmanager
-def using_signals(*signals: CodecSignals) -> Iterator[None]:
-    """Give the methods at work inside of this block the codec's signals of the videos of a call, in their order.
+def using_signals(*signals: CodecSignals | torch.Tensor) -> Iterator[None]:
+    """Give the methods at work inside of this block the changes in the videos of a call, in the order of the videos.
 
-    One for each video of the batch, for exactly the frames that the model is given. Signals belong to a call and not
-    to a model, so they are no knob. Seen in this thread or task only: a `generate` in another thread needs the block
-    around it there. The picture must reach the model whole: a processor that crops it moves it under the grid.
+    One for each video of the batch, for exactly the frames that the model is given: codec signals, or changes [N, rows,
+    columns] in [0, 1] found in another way (`pixel_change`). They belong to a call and not to a model, so they are no
+    knob. Seen in this thread or task only: a `generate` in another thread needs the block around it there. The picture
+    must reach the model whole: a processor that crops it moves it under the grid.
 
         with mmaccel.accelerate(model, "evs:keep=0.25;temporal=codec"), using_signals(codec_signals(path, frames=8)):
             model.generate(**inputs)
 
     Raises:
-        VideoError: something else than `CodecSignals`.
+        VideoError: something else than that.
     """
-    for entry in signals:
-        if not isinstance(entry, CodecSignals):
-            raise VideoError(f"using_signals takes what codec_signals returns, not {type(entry).__name__}")
-    token = _given.set(signals)
+    token = _given.set(tuple(map(_changes, signals)))
     try:
         yield
     finally:
         _given.reset(token)
 
 
-def signals_of(method: str, video: int, frames: int) -> CodecSignals:
-    """The signals of one video of the call that is running; `frames` is how many of its frames the model tells apart.
+def _changes(signals: CodecSignals | torch.Tensor) -> torch.Tensor:
+    if isinstance(signals, CodecSignals):
+        return signals.change
+    if not (isinstance(signals, torch.Tensor) and signals.ndim == 3 and signals.numel()):
+        raise VideoError(f"signals are what codec_signals returns or a tensor [N, rows, columns], not {signals!r:.80}")
+    if not bool(((signals >= 0) & (signals <= 1)).all()):
+        raise VideoError("changes must lie in [0, 1]: 0 for a copy of the frame before, 1 for what is new")
+    return signals.float()
 
-    Models that encode frames in groups tell groups apart: then an entry speaks of the group, against the one before.
+
+def changes_of(method: str, video: int, frames: int) -> torch.Tensor:
+    """The changes in one video of the call that is running, float32 [frames, rows, columns] on the grid they came on.
+
+    frames: how many frames the model tells apart. Where it encodes them in groups, an entry is the change from one
+    group to the next: the sum over the group's frames, 1 at most.
 
     Raises:
         NotApplicableError: none were given for this video, or they are for another number of frames.
@@ -147,37 +159,14 @@ def signals_of(method: str, video: int, frames: int) -> CodecSignals:
             "the call inside `with mmaccel.codecs.using_signals(...)`, with one mmaccel.codecs.codec_signals(path, "
             "indices=video.indices) for each video."
         )
-    signals = given[video]
-    if len(signals) == frames:
-        return signals
-    size = -(-len(signals) // frames)
-    if -(-len(signals) // size) != frames:
+    changes = given[video]
+    size = -(-len(changes) // frames)
+    if -(-len(changes) // size) != frames:
         raise NotApplicableError(
-            f"{method} was given signals of {len(signals)} frames for a video that the model sees as {frames}; take "
+            f"{method} was given signals of {len(changes)} frames for a video that the model sees as {frames}; take "
             "them for the frames that the model is given: codec_signals(path, indices=video.indices)."
         )
-    return _grouped(signals, size)
-
-
-def _grouped(signals: CodecSignals, size: int) -> CodecSignals:
-    """Join runs of `size` frames: what moved or was new on the way from one run to the next."""
-    runs = [slice(start, start + size) for start in range(0, len(signals), size)]
-
-    def each(values: torch.Tensor, how: str) -> torch.Tensor:
-        return torch.stack([getattr(values[run], how)(dim=0) for run in runs])
-
-    return CodecSignals(
-        indices=signals.indices[::size],
-        motion=each(signals.motion, "sum"),
-        fresh=each(1 - signals.fresh, "prod").neg().add(1),
-        still=each(signals.still, "prod"),
-        bits=each(signals.bits, "sum"),
-        packet_bytes=each(signals.packet_bytes, "sum"),
-        types=signals.types[::size],
-        cuts=each(signals.cuts, "any"),
-        pixels=signals.pixels,
-        vectors=signals.vectors,
-    )
+    return torch.stack([run.sum(0) for run in changes.split(size)]).clamp_max(1)
 
 
 def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
@@ -186,11 +175,11 @@ def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
     Changes over frames that an earlier method has dropped add up, to 1 at most; the first frame is 1.
 
     Raises:
-        NotApplicableError: as `signals_of`, or frames hold different numbers of tokens.
+        NotApplicableError: as `changes_of`, or frames hold different numbers of tokens.
     """
     T, H, W = tokens.shape
     frames, per_frame = tokens.frames()
-    change = signals_of(method, tokens.video, T).on_grid(H, W).change.view(T, H * W)
+    change = _pooled(changes_of(method, tokens.video, T), H, W).view(T, H * W)
     total = change.to(tokens.features.device).cumsum(0)
     cell = tokens.cell.view(frames, per_frame)
     time, place = cell // (H * W), cell % (H * W)
@@ -200,20 +189,38 @@ def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
     return moved
 
 
-def select_frames(signals: CodecSignals, keep: float | int) -> list[int]:
+def _pooled(maps: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Bring maps [N, r, c] to another grid, by the area that cells share."""
+    if maps.shape[1:] == (rows, columns):
+        return maps
+    down, across = (overlap(torch.arange(n + 1), m) for n, m in zip(maps.shape[1:], (rows, columns), strict=True))
+    return down @ maps @ across.T
+
+
+def pixel_change(frames: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Change of the raw pixels from frame to frame: float32 [N, rows, columns] in [0, 1], the first frame 1.
+
+    frames: uint8 [N, C, H, W], as `load_video` returns them. Mean absolute difference over a cell, over 255.
+    """
+    moved = (frames[1:].float() - frames[:-1].float()).abs().mean(1) / 255
+    return torch.cat([torch.ones(min(1, len(frames)), *grid), _pooled(moved, *grid)])
+
+
+def select_frames(signals: CodecSignals | torch.Tensor, keep: float | int) -> list[int]:
     """The places 0 .. N - 1 of the frames worth keeping, ascending: `keep` of them, as a fraction or a number.
 
-    A frame's worth is its mean change from the kept frame before. The one of least worth is dropped and leaves its
-    worth to the next, until `keep` are left; the first is always kept. So copies go first, and a video that moves
-    evenly, or not at all, is thinned evenly.
+    signals: as `using_signals` takes them. A frame's worth is its mean change from the kept frame before. The frame of
+    least worth is dropped and leaves its worth to the next, until `keep` are left; the first is always kept. So copies
+    go first, and a video that moves evenly, or not at all, is thinned evenly.
 
     Raises:
         MethodError: `keep` is no fraction in (0, 1], or more than there are.
     """
-    n = len(signals)
+    change = _changes(signals)
+    n = len(change)
     left = resolve_keep(keep, n)
     # what does not move at all is thinned evenly as well
-    worth = (signals.change.double().mean((1, 2)) + 1e-6).tolist()
+    worth = (change.double().mean((1, 2)) + 1e-6).tolist()
     following, previous = list(range(1, n + 1)), list(range(-1, n - 1))
     heap = [(worth[place], place) for place in range(1, n)]
     heapq.heapify(heap)

@@ -31,8 +31,8 @@ _OTHER = 10.0
 class BlockField:
     """The blocks of one frame on a grid of `pitch` pixels.
 
-    step: float32 [2, h, w], where the content was one frame earlier, as (x, y) pixels from its place now. fresh: float32
-    [h, w], the share without a vector (coded anew). backward: the share that only a later frame foretells.
+    step: float32 [2, h, w], where the content was one frame earlier, as (x, y) pixels from its place now. fresh:
+    float32 [h, w], the share without a vector (coded anew). backward: the share that only a later frame foretells.
     """
 
     step: torch.Tensor
@@ -46,9 +46,7 @@ class BlockField:
         return float((self.fresh + self.backward).mean()) > 0.5
 
 
-def block_field(
-    vectors: np.ndarray | None, height: int, width: int, pitch: int, before: int, after: int
-) -> BlockField:
+def block_field(vectors: np.ndarray | None, height: int, width: int, pitch: int, before: int, after: int) -> BlockField:
     """Rasterise FFmpeg's motion vectors of one frame of height x width pixels.
 
     before, after: how many frames away the references are in which the vectors point. A vector says where a block lies
