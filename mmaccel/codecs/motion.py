@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.frame import PictureType
@@ -37,7 +37,7 @@ def codec_signals(
     src: VideoSource,
     frames: int | None = None,
     *,
-    indices: Iterable[int] | None = None,
+    indices: Iterable[int] | torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
     fallback: Literal["error", "packets"] = "error",
     threads: int | None = None,
@@ -69,7 +69,7 @@ def codec_signals(
     if fallback not in ("error", "packets"):
         raise VideoError(f'fallback must be "error" or "packets", not {fallback!r}')
     shape = None if grid is None else _grid(grid)
-    asked = None if indices is None else as_numbers(indices)
+    asked = None if indices is None else as_numbers(indices)  # type: ignore[arg-type]
     workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
     if not 1 <= workers <= 256:
         raise VideoError("threads must be at least 1 and at most 256")
@@ -106,7 +106,7 @@ def _wanted(total: int, frames: int | None, asked: list[int] | None, name: str) 
     if frames is None and asked is None:
         return list(range(total))
     wanted = frame_indices(total, frames, asked, name=name).tolist()
-    if any(later < earlier for earlier, later in zip(wanted, wanted[1:], strict=False)):
+    if any(later < earlier for earlier, later in itertools.pairwise(wanted)):
         raise VideoError("indices must be in ascending order: each frame is compared with the wanted one before it")
     return wanted
 

@@ -30,6 +30,8 @@ __all__ = [
 
 # The displacement in pixels at which a patch counts as 1 - 1/e changed.
 _MOVED = 4.0
+# Levels of difference at which a cell counts as 1 - 1/e changed.
+_LEVELS = 16.0
 
 
 def overlap(edges: torch.Tensor, cells: int) -> torch.Tensor:
@@ -200,10 +202,11 @@ def _pooled(maps: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def pixel_change(frames: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Change of the raw pixels from frame to frame: float32 [N, rows, columns] in [0, 1], the first frame 1.
 
-    frames: uint8 [N, C, H, W], as `load_video` returns them. Mean absolute difference over a cell, over 255.
+    frames: uint8 [N, C, H, W], as `load_video` returns them. 1 - exp(-d / 16), d the mean absolute difference over a
+    cell in levels of 255.
     """
-    moved = (frames[1:].float() - frames[:-1].float()).abs().mean(1) / 255
-    return torch.cat([torch.ones(min(1, len(frames)), *grid), _pooled(moved, *grid)])
+    moved = (frames[1:].float() - frames[:-1].float()).abs().mean(1)
+    return torch.cat([torch.ones(min(1, len(frames)), *grid), 1 - torch.exp(-_pooled(moved, *grid) / _LEVELS)])
 
 
 def select_frames(signals: CodecSignals | torch.Tensor, keep: float | int) -> list[int]:
