@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from av.error import FFmpegError
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.packets import Source
 from mmaccel.codecs.sampling import as_numbers, frame_indices, whole_number
 from mmaccel.codecs.signals import CodecSignals, overlap
-from mmaccel.codecs.vectors import EXPORTING, Trace, block_field, predicted, upright
+from mmaccel.codecs.vectors import EXPORTING, PITCH, Trace, block_field, unlike, upright
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ __all__ = ["codec_signals"]
 _TYPES = {int(PictureType.I): "I", int(PictureType.P): "P", int(PictureType.B): "B"}
 # Codecs with packets whose picture is never shown: only the decoder tells how many frames there are.
 _HIDING = frozenset({"vp8", "vp9"})
-# From this many rows on vectors are gathered on blocks of 16 pixels, below on blocks of 8.
-_LARGE = 720
 
 
 def codec_signals(
@@ -170,6 +169,7 @@ class _Reader:
         self.pixels = 0
         self._bytes, self._cut, self._type = 0, False, "?"
         self._ahead: set[int] = set()
+        self._scaler = VideoReformatter()
 
     def read(self, threads: int) -> int:
         """Decode up to the last wanted frame; return how many frames there are up to there."""
@@ -229,15 +229,14 @@ class _Reader:
         self._size = (frame.height, frame.width)
         self._turn = upright(frame)
         self.pixels = frame.height * frame.width
-        self._pitch = 16 if min(self._size) >= _LARGE else 8
-        blocks = [-(-side // self._pitch) for side in self._size]
-        self._trace = Trace(blocks[0], blocks[1], self._pitch)
+        blocks = [-(-side // PITCH) for side in self._size]
+        self._trace = Trace(*blocks)
         self._last_step = torch.zeros(2, *blocks)
         sides = self._size[::-1] if self._turn[0] else self._size
-        grid = self.grid or tuple(max(1, round(side / 16)) for side in sides)
+        grid = self.grid or tuple(max(1, round(side / PITCH)) for side in sides)
         cells = grid[::-1] if self._turn[0] else grid
         self._pool = [
-            overlap((torch.arange(n + 1) * self._pitch).clamp_max(side), m)
+            overlap((torch.arange(n + 1) * PITCH).clamp_max(side), m)
             for n, side, m in zip(blocks, self._size, cells, strict=True)
         ]
 
@@ -249,25 +248,24 @@ class _Reader:
         self._type = _TYPES.get(frame.pict_type, "?")
         size = self.packets.size(number, frame.pts)
         self._bytes += size
-        rows, columns = self._last_step.shape[1:]
         if not self.packets.vectors:
             self._trace.bits = self._trace.bits + (0 if frame.key_frame else 8 * size / self.pixels)
             return
-        if before is None:
-            self._trace.move(torch.zeros(2, rows, columns), torch.ones(rows, columns), size, self.pixels)
-            return
         data = frame.side_data.get("MOTION_VECTORS")
-        field = block_field(
-            None if data is None else data.to_ndarray(), *self._size, self._pitch, *self._distances(number)
-        )
-        step, fresh = field.step, field.fresh
-        if field.untied:
-            step = torch.where(field.fresh < 1, step, self._last_step)
-            fresh = predicted(frame, before, step, self._pitch)
+        rows, columns = self._last_step.shape[1:]
+        field = block_field(None if data is None else data.to_ndarray(), rows, columns, *self._distances(number))
+        step, moving, fresh = field.step, field.moving, field.fresh
+        if field.untied and before is not None:
+            step = torch.where(fresh < 1, step, self._last_step)
+            fresh = unlike(self._luma(frame), self._luma(before), step)
+            moving = (step != 0).any(0) * (1 - fresh)
             self._cut |= float(fresh.mean()) > 0.5
             size = round(size * float(fresh.mean()))
-        self._trace.move(step, fresh, size, self.pixels)
+        self._trace.move(step, moving, fresh, size, self.pixels)
         self._last_step = step * (fresh < 0.5)
+
+    def _luma(self, frame: VideoFrame) -> torch.Tensor:
+        return torch.from_numpy(self._scaler.reformat(frame, format="gray", threads=1).to_ndarray())
 
     def _distances(self, number: int) -> tuple[int, int]:
         """How many frames back and ahead the nearest references of a frame are.

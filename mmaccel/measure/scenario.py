@@ -26,7 +26,7 @@ __all__ = ["Scenario", "load_scenario", "options_of", "run_scenario"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One benchmark: its name, what it is about, its runner ("quality", "speed", "kernels", "codec-signals"), its options."""
+    """One benchmark: its name, what it is about, its runner (such as "quality"), its options."""
 
     name: str
     title: str
