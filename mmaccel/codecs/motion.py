@@ -55,9 +55,10 @@ def codec_signals(
     before, luma is compared with the frame before, moved on as that was moving. A block off by 10 levels on average is
     new, and with more than half of the blocks new it is a scene cut.
 
-    Limits: FFmpeg tells neither which of several references a vector points to (the nearest is assumed, so a vector to
-    an older one counts too much) nor what residual a block has: a fade coded without motion is not seen, and an
-    encoder's best match need not be the motion of the scene, most of all on flat ground.
+    Limits: FFmpeg tells neither which of several references a vector points to nor what residual a block has. The
+    nearest reference is assumed: a vector to an older one counts too much, and what blinks is found again two frames
+    back and passes for still. A fade coded without motion is not seen. An encoder's best match need not be the motion
+    of the scene, most of all on flat ground. Vectors of fields (interlaced video) count as those of frames.
 
     Raises:
         VideoError: as `load_video`; indices that are not in order; a codec without vectors; a video that is damaged or
@@ -137,6 +138,8 @@ class _Packets:
         sizes: list[int] = []
         with source.open() as (container, stream):
             codec = stream.codec_context.codec.canonical_name
+            # AVI stores no times: FFmpeg makes them up, and only the decoder's order is to be trusted
+            ordered = codec not in _HIDING and container.format.name != "avi"
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     times.append(packet.pts)
@@ -148,7 +151,7 @@ class _Packets:
             return cls(codec, len(sizes), None, [], dict(enumerate(sizes)), False)
         by_time = dict(zip(known, sizes, strict=True))
         order = sorted(range(len(known)), key=lambda place: known[place])
-        slots = None if codec in _HIDING else {known[place]: slot for slot, place in enumerate(order)}
+        slots = {known[place]: slot for slot, place in enumerate(order)} if ordered else None
         return cls(codec, len(sizes), slots, order, by_time, True)
 
     def size(self, number: int, pts: int | None) -> int:
@@ -175,8 +178,9 @@ class _Reader:
         """Decode up to the last wanted frame; return how many frames there are up to there."""
         number, before = -1, None
         for number, frame in self._numbered(threads):
-            # a frame without a picture of its own shows the one before
-            self._emit_until(number)
+            # a frame without a picture of its own shows the one before, at the start of the file the one behind
+            if before is not None:
+                self._emit_until(number)
             self._step(number, frame, before)
             before = frame
             self._emit_until(number + 1)
@@ -251,7 +255,12 @@ class _Reader:
         if not self.packets.vectors:
             self._trace.bits = self._trace.bits + (0 if frame.key_frame else 8 * size / self.pixels)
             return
-        data = frame.side_data.get("MOTION_VECTORS")
+        try:
+            data = frame.side_data.get("MOTION_VECTORS")
+        except ValueError as error:
+            raise VideoError(
+                f"{self.source.name} has side data that PyAV cannot list ({error}); convert it to H.264 first"
+            ) from error
         rows, columns = self._last_step.shape[1:]
         field = block_field(None if data is None else data.to_ndarray(), rows, columns, *self._distances(number))
         step, moving, fresh = field.step, field.moving, field.fresh

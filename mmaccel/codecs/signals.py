@@ -59,9 +59,10 @@ class CodecSignals:
     still: the share that every frame in between copied from its own place. bits: an upper bound of the residual, in
     bits a pixel: the packets of the frames in between, spread over the blocks that are not still (FFmpeg exports no
     residuals, and the quantiser of a block, which it does export, says nothing of them). packet_bytes: int64 [N], the
-    packets after frame n - 1 up to frame n. types: "I", "P", "B" or "?" of each frame. cuts: bool [N], whether a scene
-    cut lies in between. pixels: pixels of a frame. vectors: False if the codec gives no motion vectors: then motion is
-    0, fresh and still are unknown (NaN), and bits are the same all over a frame.
+    packets after frame n - 1 (at first: from the start of the file) up to frame n. types: "I", "P", "B" or "?" of each
+    frame. cuts: bool [N], whether a scene cut lies in between. pixels: pixels of a frame. vectors: False if the codec
+    gives no motion vectors: then motion is 0, fresh and still are unknown (NaN), and bits are the same all over a
+    frame.
     """
 
     indices: torch.Tensor

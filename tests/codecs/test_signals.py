@@ -365,6 +365,44 @@ def test_codecs_without_vectors_are_refused_or_told_by_their_packets(clip, name)
     assert ((found.change >= 0) & (found.change <= 1)).all()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["b-frames.mp4", "open-gop.mp4", "intra.mp4", "fragments.mp4", "b-frames.mkv", "b-frames.ts", "no-times.h264",
+     "jitter.mkv", "mpeg4.avi", "mpeg4.mp4", "mpeg2.mpg"],
+)  # fmt: skip
+def test_every_container_gives_the_frames_that_are_decoded(clip, name):
+    found = codec_signals(clip(name), grid=(4, 8))
+    with av.open(str(clip(name))) as container:
+        types = [av.video.frame.PictureType(frame.pict_type).name for frame in container.decode(video=0)]
+    assert list(found.types) == types
+    assert found.indices.tolist() == list(range(60))
+    with av.open(str(clip(name))) as container:
+        assert int(found.packet_bytes.sum()) == sum(packet.size for packet in container.demux(video=0))
+    assert ((found.change >= 0) & (found.change <= 1)).all()
+    assert codec_signals(clip(name), indices=[-1]).types == (types[-1],)
+
+
+def test_a_file_that_begins_within_a_group_of_pictures(film, tmp_path):
+    """Frames shown before the first keyframe that can be decoded have no picture."""
+    path = tmp_path / "late.mkv"
+    options = {"bf": "3", "b_strategy": "0", "g": "8", "x264-params": "open-gop=1:bframes=3", "sc_threshold": "0"}
+    with av.open(str(film("open.mp4", moving(20, 3), options))) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        second = [n for n, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second:]:
+            packet.stream = copy
+            target.mux(packet)
+    found = codec_signals(path)
+    with av.open(str(path)) as container:
+        shown = [frame.pts for frame in container.decode(video=0)]
+    lost = len(packets) - second - len(shown)
+    assert lost > 0
+    assert found.still[1 : 1 + lost].min() == 1
+    assert found.motion[1 + lost :].max() > 2
+
+
 def pts_shown(path: Path) -> list[int]:
     with av.open(str(path)) as container:
         return [frame.pts for frame in container.decode(video=0)]
