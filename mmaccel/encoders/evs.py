@@ -28,7 +28,8 @@ class EVS(GridReducer):
     still video does not depend on rounding noise.
 
     With temporal="codec" the difference is what the codec of the file says (`mmaccel.codecs.using_signals`), not a
-    cosine of features.
+    cosine of features: known before the encoder has run, and worse. In `benchmarks/codecs/signals.toml` it is no better
+    than random tokens at small `keep`; `mmaccel.codecs.pixel_change` given in its place comes closer to features.
     """
 
     temporal: Literal["features", "codec"] = knob(

@@ -442,6 +442,12 @@ def test_damaged_and_missing_videos(film, tmp_path):
 def naive_selection(worth: list[float], keep: int) -> list[int]:
     left = list(range(len(worth)))
     worth = [value + 1e-6 for value in worth]
+    if keep == 1:
+        passed = 0.0
+        for place in left[1:]:
+            passed += worth[place]
+            if passed >= sum(worth[1:]) / 2:
+                return [place]
     while len(left) > keep:
         least = min(left[1:], key=lambda place: (worth[place], place))
         at = left.index(least)
@@ -464,6 +470,8 @@ def test_copies_go_first_and_what_does_not_move_is_thinned_evenly(tmp_path):
     frames = moving(8, 6).repeat([1, 3, 1, 4, 1, 1, 2, 1], 0)
     found = codec_signals(write_video(tmp_path / "held.mp4", frames, options=PLAIN))
     assert select_frames(found, 8) == [0, 1, 4, 5, 9, 10, 11, 13]
+    assert select_frames(torch.zeros(9, 1, 1), 1) == [4]
+    assert select_frames(torch.zeros(1, 1, 1), 1) == [0]
     gaps = np.diff([*select_frames(torch.zeros(32, 1, 1), 8), 32])
     assert set(gaps) == {4}
     with pytest.raises(MethodError, match="33 tokens cannot be kept"):
