@@ -16,8 +16,9 @@ class CodecFrames(FewerFrames):
 
     Sentence: change in the codec's signals -> whole video -> drop the least changed, one by one -> drop before the
     encoder -> place. The calls it works on stand inside `mmaccel.codecs.using_signals`. Who loads the frames anyway can
-    do with `select_frames(signals, keep)` and hand the model fewer frames. Of 8 frames of the tiny world's clips 2 chosen so
-    answer more questions than 2 at the ends; changes of raw pixels (`mmaccel.codecs.pixel_change`) choose as well.
+    do with `select_frames(signals, keep)` and hand the model fewer frames. In `benchmarks/codecs/signals.toml` the 2 or
+    4 frames of 8 chosen so answer more than as many spaced evenly; changes of raw pixels, see
+    `mmaccel.codecs.pixel_change`, choose as well as the codec's.
     """
 
     info: ClassVar[Info] = Info(
