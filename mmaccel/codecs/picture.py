@@ -11,7 +11,7 @@ from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.sampling import Size, target_size
 
-__all__ = ["Interpolation", "Layout", "Painter", "resized"]
+__all__ = ["Interpolation", "Layout", "Painter", "layout_of", "resized"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
@@ -50,7 +50,7 @@ class Painter:
 
     def layout(self, frame: VideoFrame) -> Layout:
         """Say how the frame comes upright."""
-        return _layout(frame, self._exif)
+        return layout_of(frame, self._exif)
 
     def shape(self, height: int, width: int, layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the upright picture of a stored one: native, and as wanted."""
@@ -109,7 +109,8 @@ def _views(frame: VideoFrame) -> list[np.ndarray]:
     ]
 
 
-def _layout(frame: VideoFrame, exif: int | None) -> Layout:
+def layout_of(frame: VideoFrame, exif: int | None = None) -> Layout:
+    """Say how a frame comes upright; `exif` is the orientation of a still image."""
     if exif is not None:
         transpose, right, down, rotation = _EXIF[exif]
         return Layout(transpose, tuple(axis for axis, flip in ((2, right), (1, down)) if flip), rotation)
