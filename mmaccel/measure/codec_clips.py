@@ -20,7 +20,7 @@ from mmaccel.errors import MMAccelError
 from mmaccel.measure.codec_marks import BITS, draw_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from av.packet import Packet
@@ -131,7 +131,7 @@ def make_clip(folder: Path, recipe: Recipe, seconds: int, shuffle: int | None = 
     return Clip(path, recipe, numbers)
 
 
-def _whole(path: Path, write) -> None:  # noqa: ANN001
+def _whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write under another name first: a file that is there is complete."""
     part = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
     try:
