@@ -63,7 +63,7 @@ class _Process:
         # Another interpreter has no mmaccel; what is imported of it there needs nothing but numpy.
         path = os.pathsep.join(filter(None, (str(Path(mmaccel.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         self._popen = subprocess.Popen(
-            [python, "-m", "mmaccel.measure.codec_peers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python, "-m", "mmaccel.measure.codec_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, bufsize=0, env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
         )  # fmt: skip
         self.send(reader=reader)
