@@ -141,6 +141,8 @@ def _cells(options: CodecOptions) -> list[_Cell]:
     least = min((options.rounds, options.videos, *options.thread_counts, *options.engines))
     if least < 1 or options.patience <= 0:
         raise MMAccelError("rounds, videos, thread_counts, engines and patience must be at least 1.")
+    if any(count > _ENGINES_A_GPU and count % _ENGINES_A_GPU for count in options.engines):
+        raise MMAccelError(f"engines above {_ENGINES_A_GPU} are a multiple of it: a GPU has {_ENGINES_A_GPU}.")
     chosen = [cell for cell in cells if not options.only or cell.name in options.only]
     for cell in chosen:
         _ = cell.recipe  # refused here, before hours of work
@@ -266,11 +268,8 @@ def _simulated(engines: tuple[int, ...], limit: Outcome) -> list[dict[str, Any]]
         return [{**row, "missing": "this mmaccel has no simulation of hardware decoders"} for row in rows]
     costs = np.median([answer["groups"] for answer in limit.rounds], axis=0).tolist()
     for row in rows:
-        count = row["engines"]
-        if count > _ENGINES_A_GPU and count % _ENGINES_A_GPU:
-            raise MMAccelError(f"engines above {_ENGINES_A_GPU} are a multiple of it, {_ENGINES_A_GPU} a GPU.")
-        gpus = max(1, count // _ENGINES_A_GPU)
-        result = simulate(costs, count // gpus, gpus=gpus)
+        gpus = max(1, row["engines"] // _ENGINES_A_GPU)
+        result = simulate(costs, row["engines"] // gpus, gpus=gpus)
         row |= {"makespan": result.makespan, "groups": len(costs), "alone": sum(costs), "longest": max(costs)}
     return rows
 

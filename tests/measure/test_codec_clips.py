@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
 
 def pictures(path):
     with av.open(str(path)) as container:
-        return [(PictureType(frame.pict_type).name, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        return [
+            (PictureType(frame.pict_type).name, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
+        ]
 
 
 def packets(path):

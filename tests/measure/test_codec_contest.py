@@ -126,7 +126,7 @@ def interpreter(tmp_path):
     [
         ("sleep 60", "no answer within 0.5 s"),
         ("echo out of luck >&2; exit 3", "its process ended with 3: out of luck"),
-        ("echo '{\"error\": \"no driver\"}'; sleep 60", "no driver"),
+        ('echo \'{"error": "no driver"}\'; sleep 60', "no driver"),
     ],
 )
 def test_a_library_that_does_not_load(interpreter, clip, text, reason):
