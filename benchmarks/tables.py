@@ -200,9 +200,9 @@ def codecs(rows: list[Row], everything: bool) -> str:
 
 def _newest(rows: list[Row]) -> list[Row]:
     """Of runs of one cell on one machine the rows of the last."""
-    newest = {(_codec_place(row), row["benchmark"], row["cell"]): (row["key"], row["time"]) for row in rows}
-    kept = newest.values()
-    return [row for row in rows if (row["key"], row["time"]) in kept]
+    ordered = sorted(rows, key=lambda row: row["time"])
+    newest = {(_codec_place(row), row["cell"]): (row["key"], row["time"]) for row in ordered}
+    return [row for row in rows if newest[_codec_place(row), row["cell"]] == (row["key"], row["time"])]
 
 
 def _codec_place(row: Row) -> str:
@@ -263,7 +263,7 @@ def _codec_caption(one: Row, cells: dict[str, dict[str, Row]]) -> str:
         name.partition("-")[0]: row["version"]
         for rows in cells.values()
         for name, row in rows.items()
-        if row["version"] and not name.startswith("mmaccel")
+        if row["missing"] is None and not name.startswith("mmaccel")
     }
     reasons: dict[str, dict[str, None]] = {}
     for row in group:
