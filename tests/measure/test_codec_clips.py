@@ -66,6 +66,8 @@ def test_numbers_are_those_of_the_file(folder, codec, seconds, shuffle):
         assert "B" in {kind for kind, _ in found}
     times = [packet.dts for packet in packets(clip.path)]
     assert all(earlier < later for earlier, later in itertools.pairwise(times))
+    shown = sorted(packet.pts for packet in packets(clip.path))
+    assert len({later - earlier for earlier, later in itertools.pairwise(shown)}) == 1
 
 
 def test_one_group_and_files_that_are_kept(folder):

@@ -146,14 +146,19 @@ def test_a_library_that_is_not_there(clip):
     assert "no package PyNvVideoCodec here" in found["nv"].missing
 
 
-def test_a_reader_that_crashes_is_a_reason(clip, tmp_path, monkeypatch):
-    (tmp_path / "decord.py").write_text(
-        "import os\n__version__ = '0'\ncpu = lambda n: None\ndef VideoReader(*a, **k):\n    os.abort()\n"
-    )
+@pytest.mark.parametrize(
+    ("body", "patience", "reason"),
+    [("os.abort()", 60.0, "its process ended with -6"), ("time.sleep(60)", 3.0, "no answer within 3 s")],
+)
+def test_a_reader_that_crashes_or_hangs(clip, tmp_path, monkeypatch, body, patience, reason):
     if importlib.util.find_spec("decord") is None:
         pytest.skip("its version is asked for")
+    (tmp_path / "decord.py").write_text(f"import os, time\ncpu = int\ndef VideoReader(*_, **__):\n    {body}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Crew("", 60.0) as crew:
-        for _ in range(2):
-            found = contest(crew, {"decord": Entry("decord")}, job(clip, [0]), 1, lambda _: None)
-            assert found["decord"].missing == "its process ended with -6"
+    entries = {"decord": Entry("decord"), "pyav": Entry("pyav")}
+    with Crew("", patience) as crew:
+        found = contest(crew, {"decord": entries["decord"]}, job(clip, [0]), 1, lambda _: None)
+        assert found["decord"].missing == reason
+        crew._patience = 60.0  # of processes that start from here
+        found = contest(crew, {"pyav": entries["pyav"]}, job(clip, [0]), 1, lambda _: None)
+        assert found["pyav"].missing is None
