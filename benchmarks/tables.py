@@ -189,7 +189,9 @@ def codecs(rows: list[Row], everything: bool) -> str:
     places: dict[str, dict[str, dict[str, Row]]] = {}
     for row in _newest(rows):
         if row["contestant"] not in ("limit", "engines"):
-            places.setdefault(_codec_place(row), {}).setdefault(row["cell"], {})[row["contestant"]] = row
+            videos = row["videos"]
+            request = row["cell"] if videos == 1 else f"{videos} times {row['cell']}"
+            places.setdefault(_codec_place(row), {}).setdefault(request, {})[row["contestant"]] = row
     parts = []
     for cells in places.values():
         one = next(row for group in cells.values() for row in group.values())
@@ -225,7 +227,7 @@ def _codec_summary(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[li
             lines.append([cell, f"missing: {ours['missing']}", *[""] * 5])
             continue
         against = "" if peer is None else f"{_percent(peer['ratio']['median'])} ({peer['contestant']})"
-        lines.append([cell, _seconds(ours["seconds"]["median"]), against, *_codec_cost(ours)])
+        lines.append([cell, _codec_time(ours), against, *_codec_cost(ours)])
     return heads, lines
 
 
@@ -244,8 +246,13 @@ def _codec_lines(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[list
             ratio = "" if row["ratio"] is None or name == "mmaccel" else _percent(row["ratio"]["median"])
             exact = "yes" if row["exact"] else "NO"
             spread = f"{low} to {high}"
-            lines.append([cell, reader, _seconds(row["seconds"]["median"]), spread, ratio, exact, *_codec_cost(row)])
+            lines.append([cell, reader, _codec_time(row), spread, ratio, exact, *_codec_cost(row)])
     return heads, lines
+
+
+def _codec_time(row: Row) -> str:
+    seconds, videos = row["seconds"]["median"], row["videos"]
+    return _seconds(seconds) if videos == 1 else f"{_seconds(seconds)}, {videos / seconds:.1f} a second"
 
 
 def _codec_cost(row: Row) -> list[str]:

@@ -73,7 +73,7 @@ def codec_row(contestant, seconds=None, cell="a", **extra):
     versions = {**MACHINE["versions"], "av": "18"}
     return {
         "benchmark": "codecs/decode", "key": "k", "cell": cell, "contestant": contestant, "missing": None,
-        "version": "1.2", "cores": 2, "repeats": 5, **({} if seconds is None else figures), **MACHINE,
+        "version": "1.2", "videos": 1, "cores": 2, "repeats": 5, **({} if seconds is None else figures), **MACHINE,
         "versions": versions, **extra,
     }  # fmt: skip
 
@@ -236,6 +236,11 @@ def test_the_codec_table_compares_with_the_fastest_that_is_right(tmp_path):
         ["b", "mmaccel", "missing", "", ""],
         ["b", "**pyav**", "2.00 s", "500.0 ms to 3.00 s", ""],
     ]
+
+
+def test_many_videos_have_a_rate():
+    found = tables.codecs([codec_row("mmaccel", 4.0, videos=24), codec_row("pyav", 6.0, videos=24)], False)
+    assert cells(found)[2][:3] == ["24 times a", "4.00 s, 6.0 a second", "80.0 % (pyav)"]
 
 
 def test_the_pool_table(tmp_path):
