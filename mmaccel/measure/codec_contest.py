@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,8 +166,10 @@ def _job(crew: Crew, name: str, entry: Entry, job: Mapping[str, Any], outcome: O
 
         yield run
     finally:
-        if process.alive:
-            process.send(do="end")
+        # Its answers are there already; who has died since is started anew for the next job.
+        with suppress(_Failed):
+            if process.alive:
+                process.send(do="end")
 
 
 @contextmanager

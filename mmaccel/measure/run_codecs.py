@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -101,9 +102,13 @@ def run(name: str, options: CodecOptions, out: Path, progress: Callable[[str, in
     decodes, on one thread, the packets that any exact reader must decode.
 
     Raises:
-        MMAccelError: an option out of range, an unknown contestant, a cell with unknown or missing fields, or clips
-            that cannot be made.
+        MMAccelError: an option out of range, an unknown contestant, a cell with unknown or missing fields, clips that
+            cannot be made, an interpreter that is not there, or a system that cannot fork.
     """
+    if not hasattr(os, "fork"):
+        raise MMAccelError("the codec benchmarks fork processes, which this system cannot; run them on Linux or macOS.")
+    if options.peers_python and shutil.which(options.peers_python) is None:
+        raise MMAccelError(f"peers_python={options.peers_python}: there is no such interpreter.")
     cells = _cells(options)
     _entries(options, _cores(), 0, True)
     held = {row["key"] for row in read_rows(out) if row.get("benchmark") == name}

@@ -161,6 +161,7 @@ def test_pool(bench, simulation):
         ({"contestants": ["vlc"]}, "no contestant is called vlc"),
         ({"rounds": 0}, "at least 1"),
         ({"engines": [8]}, "multiple"),
+        ({"peers_python": "no/python"}, "no such interpreter"),
         ({"patience": 0.0}, "at least 1"),
         ({"cells": [{**CELL, "colour": "red"}]}, "no field 'colour'"),
         ({"cells": [{**CELL, "gop": "all"}]}, "field gop of a cell is a int"),
