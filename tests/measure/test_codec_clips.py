@@ -87,6 +87,15 @@ def test_no_half_of_a_file_stays(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pictures_that_the_encoder_spoils_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mmaccel.measure.codec_clips.draw_number", lambda luma, number: draw_number(luma, number - (number == 7))
+    )
+    with pytest.raises(MMAccelError, match="spoilt the numbers"):
+        make_clip(tmp_path, Recipe("h264", 96, 8, 1), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
