@@ -40,14 +40,15 @@ def _prepared(reader: str, job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         return lambda: {"frames": [], **limit.run()}
     read = READERS[reader][2]
     if job["how"] == "list":
-        from mmaccel.codecs import load_videos
+        from mmaccel.codecs import Video, load_videos
+        from mmaccel.errors import VideoError
 
         def read_all() -> list[tuple[Any, int | None]]:
             videos = load_videos(paths, frames=len(wanted), size=size, threads=threads or None)
             for video in videos:
-                if isinstance(video, Exception):
+                if isinstance(video, VideoError):
                     raise video
-            return [(video.frames, video.decoded) for video in videos]
+            return [(video.frames, video.decoded) for video in videos if isinstance(video, Video)]
 
     elif job["how"] == "pool":
 

@@ -411,7 +411,7 @@ def pts_shown(path: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"frames": 3, "indices": [1]}, "not both"),
+        ({"frames": 3, "indices": [1]}, "give one of frames"),
         ({"indices": [4, 2]}, "ascending"),
         ({"indices": [0, 99]}, "outside"),
         ({"frames": 99}, "at most 20"),
