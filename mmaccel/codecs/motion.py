@@ -12,7 +12,7 @@ from av.error import FFmpegError
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from mmaccel.codecs.picture import layout_of
+from mmaccel.codecs.picture import layout_of, side_data
 from mmaccel.codecs.sampling import Request, whole_number
 from mmaccel.codecs.signals import CodecSignals, overlap
 from mmaccel.codecs.source import Source
@@ -256,7 +256,7 @@ class _Reader:
             self._trace.bits = self._trace.bits + (0 if frame.key_frame else 8 * size / self.pixels)
             return
         try:
-            data = frame.side_data.get("MOTION_VECTORS")
+            data = side_data(frame).get("MOTION_VECTORS")
         except ValueError as error:
             raise VideoError(
                 f"{self.source.name} has side data that PyAV cannot list ({error}); convert it to H.264 first"

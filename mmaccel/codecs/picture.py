@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.sampling import Size, target_size
 
-__all__ = ["Interpolation", "Layout", "Painter", "layout_of", "resized"]
+__all__ = ["Interpolation", "Layout", "Painter", "layout_of", "resized", "side_data"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
@@ -91,6 +92,11 @@ class Painter:
         return list(np.ascontiguousarray(packed.transpose(2, 0, 1)))
 
 
+def side_data(frame: VideoFrame) -> SideDataContainer:
+    """What came with a frame; `frame.side_data` would tie the two to each other, until the garbage is collected."""
+    return SideDataContainer(frame)  # type: ignore[call-arg]
+
+
 def resized(
     plane: np.ndarray, shape: tuple[int, int], interpolation: Interpolation, scaler: VideoReformatter
 ) -> np.ndarray:
@@ -116,7 +122,7 @@ def layout_of(frame: VideoFrame, exif: int | None = None) -> Layout:
         return Layout(transpose, tuple(axis for axis, flip in ((2, right), (1, down)) if flip), rotation)
     rotation = -90 * round(frame.rotation / 90) % 360
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:
         # PyAV cannot list side data of a kind that it has no name for (EXIF); it still tells the turn, not a mirror.
         matrix = None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from mmaccel.codecs.motion import codec_signals
+from mmaccel.codecs.picture import side_data
 from mmaccel.codecs.reader import load_video
 from mmaccel.codecs.signals import CodecSignals, pixel_change, using_signals
 from mmaccel.codecs.source import Source
@@ -286,7 +287,7 @@ def _decode(file: Path, *, export: bool) -> int:
             stream.codec_context.options = {**stream.codec_context.options, "flags2": "+export_mvs"}
         for frame in container.decode(stream):
             # without a look at them PyAV does not copy the vectors, and they cost less than they are worth
-            if export and (vectors := frame.side_data.get("MOTION_VECTORS")) is not None:
+            if export and (vectors := side_data(frame).get("MOTION_VECTORS")) is not None:
                 vectors.to_ndarray()
             count += 1
     return count
