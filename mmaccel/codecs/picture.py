@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -14,7 +15,7 @@ from mmaccel.codecs.sampling import Size, target_size
 if TYPE_CHECKING:
     from mmaccel.codecs.backends.picture import Picture
 
-__all__ = ["Interpolation", "Layout", "Painter", "resized"]
+__all__ = ["Interpolation", "Layout", "Painter", "layout_of", "resized", "side_data"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
@@ -53,7 +54,7 @@ class Painter:
 
     def layout(self, frame: VideoFrame) -> Layout:
         """Say how the frame comes upright."""
-        return _layout(frame, self._exif)
+        return layout_of(frame, self._exif)
 
     def shape(self, height: int, width: int, layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the upright picture of a stored one: native, and as wanted."""
@@ -105,6 +106,11 @@ class Painter:
         return list(np.ascontiguousarray(packed.transpose(2, 0, 1)))
 
 
+def side_data(frame: VideoFrame) -> SideDataContainer:
+    """What came with a frame; `frame.side_data` would tie the two to each other, until the garbage is collected."""
+    return SideDataContainer(frame)  # type: ignore[call-arg]
+
+
 def resized(
     plane: np.ndarray, shape: tuple[int, int], interpolation: Interpolation, scaler: VideoReformatter
 ) -> np.ndarray:
@@ -123,13 +129,14 @@ def _views(frame: VideoFrame) -> list[np.ndarray]:
     ]
 
 
-def _layout(frame: VideoFrame, exif: int | None) -> Layout:
+def layout_of(frame: VideoFrame, exif: int | None = None) -> Layout:
+    """Say how a frame comes upright; `exif` is the orientation of a still image."""
     if exif is not None:
         transpose, right, down, rotation = _EXIF[exif]
         return Layout(transpose, tuple(axis for axis, flip in ((2, right), (1, down)) if flip), rotation)
     rotation = -90 * round(frame.rotation / 90) % 360
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:
         # PyAV cannot list side data of a kind that it has no name for (EXIF); it still tells the turn, not a mirror.
         matrix = None

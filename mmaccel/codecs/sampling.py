@@ -36,7 +36,7 @@ def whole_number(value: object, what: str) -> int:
         raise VideoError(f"{what} must be a whole number, not {value!r}") from None
 
 
-def as_numbers(indices: Iterable[int]) -> list[int]:
+def as_numbers(indices: Iterable[int] | torch.Tensor) -> list[int]:
     """Turn any iterable of whole numbers (list, range, array, tensor) into a list; VideoError for anything else."""
     try:
         items = list(islice(indices, _MOST_FRAMES + 1))
@@ -84,7 +84,7 @@ class Request:
         cls,
         frames: int | None = None,
         fps: float | None = None,
-        indices: Iterable[int] | None = None,
+        indices: Iterable[int] | torch.Tensor | None = None,
         seconds: Iterable[float] | None = None,
         on_short: OnShort = "error",
     ) -> Request:
