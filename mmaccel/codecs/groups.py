@@ -140,7 +140,7 @@ class GroupReader:
         for packet in self._packets_of(group, start, missing if skip else {start, end}):
             time = None if packet is None or packet.pts is None else packet.pts
             if packet is not None and time in table.slot_at and time >= start:
-                if time not in wanted and disposable and disposable(memoryview(packet)):
+                if disposable and disposable(memoryview(packet)) and time not in wanted:
                     self.skipped += 1
                     continue
                 awaited.add(time)
