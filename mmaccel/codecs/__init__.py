@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from mmaccel.codecs.cache import CacheStats as CacheStats
     from mmaccel.codecs.cache import CacheWarning as CacheWarning
     from mmaccel.codecs.cache import FrameCache as FrameCache
+    from mmaccel.codecs.inspection import VideoProbe as VideoProbe
+    from mmaccel.codecs.inspection import probe_video as probe_video
     from mmaccel.codecs.plugin import register as register
     from mmaccel.codecs.plugin import registered as registered
     from mmaccel.codecs.plugin import unregister as unregister
@@ -26,10 +28,12 @@ _HOMES = {
     "FrameCache": "cache",
     "Part": "video",
     "Video": "video",
+    "VideoProbe": "inspection",
     "VideoWarning": "video",
     "iter_video": "reader",
     "load_video": "reader",
     "load_videos": "reader",
+    "probe_video": "inspection",
     "register": "plugin",
     "registered": "plugin",
     "unregister": "plugin",
@@ -42,10 +46,12 @@ __all__ = [
     "FrameCache",
     "Part",
     "Video",
+    "VideoProbe",
     "VideoWarning",
     "iter_video",
     "load_video",
     "load_videos",
+    "probe_video",
     "register",
     "registered",
     "unregister",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmaccel.codecs.groups import Group
     from mmaccel.codecs.reading import Outcome
 
-__all__ = ["Normalize", "iter_video", "load_video", "load_videos"]
+__all__ = ["Normalize", "iter_video", "load_video", "load_videos", "thread_count"]
 
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
@@ -89,7 +89,7 @@ def load_video(
     """
     request = Request.of(frames, fps, indices, seconds, on_short)
     options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
-    with Crew["Outcome"](_threads(threads)) as crew:
+    with Crew["Outcome"](thread_count(threads)) as crew:
         reading = Reading(Source(src), request, options)
         outcome = crew.result(crew.add(reading))
     return video_of(outcome, reading.source.name, finish(outcome.canvas.frames), stacklevel=2)
@@ -120,7 +120,7 @@ def iter_video(
     """
     request = Request.of(frames, fps, indices, seconds, on_short)
     options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
-    return _parts(Source(src), request, options, finish, _threads(threads))
+    return _parts(Source(src), request, options, finish, thread_count(threads))
 
 
 def _parts(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Iterator[Part]:
@@ -179,7 +179,7 @@ def load_videos(
     request = Request.of(frames, fps, indices, seconds, on_short)
     options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
     videos: list[Video | VideoError] = []
-    with Crew["Outcome"](_threads(threads)) as crew:
+    with Crew["Outcome"](thread_count(threads)) as crew:
         entries = deque(_entry(crew, src, request, options) for src in sources)
         while entries:
             entry = entries.popleft()
@@ -213,7 +213,8 @@ def _options(size: Size, interpolation: Interpolation, snap: str | None, skip_no
     return Options(size, interpolation, bool(skip_nonref), snap is not None)
 
 
-def _threads(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
+    """Check `threads`; by default one a core, and at most 16."""
     count = min(_cores(), _USUAL_THREADS) if threads is None else whole_number(threads, "threads")
     if not 1 <= count <= _MOST_THREADS:
         raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
