@@ -200,7 +200,8 @@ class GroupReader:
                     packet = self._next()
             except FFmpegError:
                 continue
-            if packet is not None and packet.size and packet.pts == start:
+            # After a jump the parser of program streams may hand a packet the time of another.
+            if packet is not None and packet.pts == start and packet.size == self._table.sizes[row]:
                 self._rank = group.key_rank
                 return packet
         raise FrameMismatchError
