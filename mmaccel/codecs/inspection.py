@@ -99,7 +99,7 @@ def probe_video(
     """Look into a video without reading it: one picture is decoded, all packets are read.
 
     Arguments are those of `load_video`, whose work on the same request the `plan` foretells. It holds for sound files:
-    damage that only decoding shows, and fields of interlaced video, make `load_video` decode more.
+    damage that only decoding shows makes `load_video` decode more.
 
     Raises VideoError for what is no video, and for a request that the video cannot satisfy.
     """
@@ -113,17 +113,22 @@ def probe_video(
         facts, table = _facts(container, stream), scan(container, stream)
         length = (container.duration or 0) / av.time_base
     told = table.exact and not table.guessed
-    disposable = _disposable(source, table) if told and not (picture and picture.interlaced_frame) else None
+    disposable = _disposable(source, table) if told else None
+    interlaced = picture is not None and bool(picture.interlaced_frame)
     clock = Clock.of(table, table.total, table.ends) if told else Clock(table.rate or 0.0, length)
-    height, width = (picture.height, picture.width) if picture else (facts.pop("height"), facts.pop("width"))
+    height, width = (picture.height, picture.width) if picture else (facts["height"], facts["width"])
     painter = Painter(size, exif=table.exif)
     layout = painter.layout(picture) if picture else None
+    plan = None
+    if told:
+        numbers = _numbers(table, clock, request, source)
+        plan = plan_for(table, numbers, disposable, hands, play=interlaced and disposable is not None)
     return VideoProbe(
         name=str(source.name),
         **{**facts, "height": height, "width": width},
         rotation=layout.rotation if layout else None,
         output=painter.shape(height, width, layout)[1] if layout else target_size(height, width, size),
-        interlaced=picture is not None and bool(picture.interlaced_frame),
+        interlaced=interlaced,
         duration=clock.duration,
         fps=clock.fps,
         rate_varies=_varies(table.pts) if told else None,
@@ -132,7 +137,7 @@ def probe_video(
         cut=table.cut,
         numbered_by=("index" if indexed else "scan") if told else "decoding",
         structure=structure_of(table, disposable) if told else None,
-        plan=plan_for(table, _numbers(table, clock, request, source), disposable, hands) if told else None,
+        plan=plan,
         backends={"pyav": None, **{name: backends.probe(name) for name in backends.BACKENDS}},
     )
 

@@ -113,10 +113,16 @@ def structure_of(table: PacketTable, disposable: np.ndarray | None) -> GroupStru
     )
 
 
-def plan_for(table: PacketTable, numbers: np.ndarray, disposable: np.ndarray | None, threads: int) -> DecodePlan:
-    """Plan the frames `numbers` int64 [N] of a table that is whole, as `load_video` reads them."""
+def plan_for(
+    table: PacketTable, numbers: np.ndarray, disposable: np.ndarray | None, threads: int, play: bool = False
+) -> DecodePlan:
+    """Plan the frames `numbers` int64 [N] of a table that is whole, as `load_video` reads them.
+
+    `play` says that nothing may be left out.
+    """
     bounds = np.append(np.union1d([0], np.flatnonzero(table.keys)), len(table.slots))
-    groups = tuple(_planned(table, group, disposable, bounds) for group in groups_for(table, numbers))
+    needed = groups_for(table, numbers)
+    groups = tuple(_planned(table, group, disposable, bounds, play or not group.steady) for group in needed)
     costs = [group.decoded for group in groups]
     return DecodePlan(
         wanted=len(numbers),
@@ -131,10 +137,12 @@ def plan_for(table: PacketTable, numbers: np.ndarray, disposable: np.ndarray | N
     )
 
 
-def _planned(table: PacketTable, group: Group, disposable: np.ndarray | None, bounds: np.ndarray) -> PlannedGroup:
+def _planned(
+    table: PacketTable, group: Group, disposable: np.ndarray | None, bounds: np.ndarray, play: bool
+) -> PlannedGroup:
     end = int(bounds[np.searchsorted(bounds, group.key, side="right")])
     decoded, left_out = group.cost, 0
-    if group.steady:
+    if not play:
         # What a wanted frame needs is stored before it; what is shown before the keyframe is no part of the group.
         stored = (table.rank >= group.key_rank) & (table.rank <= group.until) & (table.slots >= group.key)
         spare = np.zeros(len(stored), dtype=bool) if disposable is None else stored & disposable

@@ -87,6 +87,18 @@ def test_the_share_without_references_is_what_the_decoder_would_drop(clip: Clip,
     assert 0 < (of.disposable_bytes or 0) < of.disposable
 
 
+def test_nothing_is_to_be_left_out_of_interlaced_video(tmp_path: Path) -> None:
+    options = {"bf": "2", "g": "12", "q": "2", "flags": "+ildct+ilme"}
+    path = encode(Recipe("fields.ts", "mpeg2video", options=options, rate=25), tmp_path)
+    found = probe_video(path, 3)
+    assert found.interlaced
+    assert found.plan is not None
+    assert found.structure is not None
+    assert (found.structure.disposable or 0) > 0.5
+    playing = load_video(path, 3, skip_nonref=False, threads=1).work
+    assert (found.plan.decoded, found.plan.played, found.plan.left_out) == (playing.decoded, playing.decoded, 0)
+
+
 def test_codecs_that_do_not_tell_have_no_share(clip: Clip) -> None:
     of = probe_video(clip("vp9.webm")).structure
     assert of is not None
