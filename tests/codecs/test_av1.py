@@ -113,6 +113,10 @@ def frame(
     return obu(as_kind, w.payload(tail), sized=sized)
 
 
+# Read with any sequence header at all, the flags that stand behind these bits are zeros.
+BLANK = obu(FRAME, b"\x30" + bytes(60))
+
+
 def again(slot: int = 3) -> bytes:
     return obu(HEADER, Writer().put((1, 1), (slot, 3)).payload())
 
@@ -172,17 +176,21 @@ def test_a_later_sequence_header_replaces_the_first():
         frame(KEY, shown=False),
         frame(SWITCH),
         frame(shown=False),
+        obu(FRAME, b"\x20" + bytes(60)),
+        obu(FRAME, b"\x70" + bytes(60)),
+        obu(FRAME, b"\x10" + bytes(60)),
+        obu(FRAME, b"\xb0" + bytes(60)),
         again(),
         frame(shown=False, refresh=4) + frame(),
         frame() + again(),
         frame() + frame(),
-        obu(LIST, b"\0" * 9),
+        obu(LIST, b"\0" * 9) + frame(),
         obu(DELIMITER, b""),
         b"",
     ],
     ids=[
-        "key", "hidden key", "switch", "hidden", "shown again", "hidden and shown", "shown and again", "two", "tiles",
-        "nothing", "empty",
+        "key", "hidden key", "switch", "hidden", "blank hidden", "blank switch", "blank key", "blank again",
+        "shown again", "hidden and shown", "shown and again", "two", "tiles", "nothing", "empty",
     ],
 )  # fmt: skip
 def test_other_units_are_kept(unit):
@@ -200,9 +208,16 @@ def test_what_stands_beside_the_frame_does_not_matter():
 
 @pytest.mark.parametrize("of", [{"points": 2}, {"layers": 0x101}, {"still": True}], ids=str)
 def test_layers_and_still_pictures_are_kept(of):
-    assert not FrameHeaders(sequence(**of))(memoryview(frame()))
-    layered = FrameHeaders(sequence())
-    assert not layered(memoryview(obu(FRAME, frame()[4:], extension=0x20)))
+    assert FrameHeaders(sequence())(memoryview(BLANK))
+    assert not FrameHeaders(sequence(**of))(memoryview(BLANK))
+
+
+def test_units_of_a_layer_are_kept():
+    headers = FrameHeaders(sequence())
+    assert headers(memoryview(bytes([FRAME << 3, 0x30]) + bytes(60)))
+    # The bit that says that a byte with the numbers of layers follows.
+    assert not headers(memoryview(bytes([FRAME << 3 | 4, 0x30]) + bytes(60)))
+    assert not headers(memoryview(obu(FRAME, frame()[4:], extension=0x20)))
 
 
 def test_damaged_units_are_kept():
@@ -216,4 +231,4 @@ def test_damaged_units_are_kept():
     payload = sequence()[4:]
     # The last byte holds nothing that is read.
     for end in range(len(payload) - 1):
-        assert not FrameHeaders(obu(SEQUENCE, payload[:end]))(memoryview(frame()))
+        assert not FrameHeaders(obu(SEQUENCE, payload[:end]))(memoryview(BLANK))

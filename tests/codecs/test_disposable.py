@@ -194,6 +194,23 @@ def test_hevc(name, tmp_path):
     assert name.startswith("layers") or left_out(path) == dropped(path)
 
 
+def test_hevc_pictures_of_lower_layers_may_be_referred_to_from_higher_ones():
+    def unit(kind: int, layer: int) -> bytes:
+        return b"\0\0\0\4" + bytes([kind << 1, layer + 1, 0x80, 0])
+
+    context = av.CodecContext.create("hevc", "r")
+    # A configuration record that announces three sub-layers and lengths of four bytes.
+    context.extradata = bytes([1, *[0] * 20, 3 << 3 | 3, 0])
+    test = disposable_test(context)
+    assert test is not None
+    for kind in (0, 2, 4, 6, 8):  # TRAIL_N, TSA_N, STSA_N, RADL_N, RASL_N
+        assert [test(memoryview(unit(kind, layer))) for layer in range(3)] == [False, False, True]
+        assert not test(memoryview(unit(kind + 1, 2)))
+        assert not test(memoryview(unit(kind, 2) + unit(kind + 1, 2)))
+        assert test(memoryview(unit(35, 0) + unit(kind, 2) + unit(kind, 2)))
+    assert not any(test(memoryview(unit(kind, 2))) for kind in range(16, 64))
+
+
 @pytest.mark.parametrize("layers", [4, 5])
 def test_hevc_in_many_layers(layers, tmp_path):
     params = f"keyint=32:b-adapt=0:bframes=15:temporal-layers={layers}:log-level=none"

@@ -14,6 +14,8 @@ from clips import RECIPES, Recipe, encode, sequential
 
 import mmaccel.codecs.index
 from mmaccel.codecs import load_video, probe_video
+from mmaccel.codecs.packets import PacketTable
+from mmaccel.codecs.plan import structure_of
 from mmaccel.errors import VideoError
 
 Clip = Callable[[str], Path]
@@ -85,6 +87,36 @@ def test_the_share_without_references_is_what_the_decoder_would_drop(clip: Clip,
     assert of is not None
     assert of.disposable == pytest.approx((60 - kept) / 60)
     assert 0 < (of.disposable_bytes or 0) < of.disposable
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_structure_of_any_order(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    count, spread = 40, seed % 7
+    # Frames are decoded in an order that is a bit off that of presentation.
+    shown = np.argsort(np.arange(count) + draw.uniform(0, spread, count)).tolist()
+    rank = np.argsort(shown)
+    keys = draw.random(count) < 0.2
+    times = np.arange(count) * 10
+    table = PacketTable(
+        codec="h264", total=count, slots=np.arange(count), pts=times, dts=times, rank=rank,
+        sizes=np.full(count, 7), keys=keys, ends=(0, int(times[-1]), 10), tick=0.01, rate=10.0, exact=True,
+    )  # fmt: skip
+    of = structure_of(table, keys)
+    starts = [slot for slot in range(count) if keys[slot] or slot == 0]
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    assert (of.count, of.shortest, of.longest, of.median) == (
+        len(starts),
+        min(lengths),
+        max(lengths),
+        np.median(lengths),
+    )
+    assert of.reorder_depth == max(
+        sum(shown[before] > shown[place] for before in range(place)) for place in range(count)
+    )
+    assert of.leading == sum(any(rank[slot] > rank[key] for slot in range(key)) for key in np.flatnonzero(keys))
+    assert of.keyframe_first == keys[0]
+    assert of.disposable == of.disposable_bytes == pytest.approx(keys.mean())
 
 
 def test_nothing_is_to_be_left_out_of_interlaced_video(tmp_path: Path) -> None:
