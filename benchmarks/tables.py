@@ -184,6 +184,143 @@ def kernels(rows: list[Row], everything: bool) -> str:
     return "\n".join(parts)
 
 
+def codecs(rows: list[Row], everything: bool) -> str:
+    """A line for each file and request, against the fastest exact peer; or one for each contestant."""
+    places: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in _newest(rows):
+        if row["contestant"] not in ("limit", "engines"):
+            videos = row["videos"]
+            request = row["cell"] if videos == 1 else f"{videos} times {row['cell']}"
+            places.setdefault(_codec_place(row), {}).setdefault(request, {})[row["contestant"]] = row
+    parts = []
+    for cells in places.values():
+        one = next(row for group in cells.values() for row in group.values())
+        heads, lines = _codec_lines(cells) if everything else _codec_summary(cells)
+        parts.append(_markdown(heads, lines, _codec_caption(one, cells)))
+    return "\n".join(parts)
+
+
+def _newest(rows: list[Row]) -> list[Row]:
+    """Of runs of one cell on one machine the rows of the last."""
+    ordered = sorted(rows, key=lambda row: row["time"])
+    newest = {(_codec_place(row), row["cell"]): (row["key"], row["time"]) for row in ordered}
+    return [row for row in rows if newest[_codec_place(row), row["cell"]] == (row["key"], row["time"])]
+
+
+def _codec_place(row: Row) -> str:
+    machine, version = row["machine"], row["versions"]
+    return f"{machine['cpu']}, {row['cores']} cores; PyAV {version['av']}, mmaccel {version['mmaccel']}"
+
+
+def _fastest(group: dict[str, Row]) -> Row | None:
+    """The fastest of the others whose frames are all the right ones."""
+    peers = [row for name, row in group.items() if not name.startswith("mmaccel") and row.get("exact")]
+    return min(peers, key=lambda row: row["seconds"]["median"], default=None)
+
+
+def _codec_summary(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    heads = ["request", "time", "of the fastest exact peer", "CPU", "peak memory", "decoded", "of the limit"]
+    lines = []
+    for cell, group in cells.items():
+        ours, peer = group["mmaccel"], _fastest(group)
+        if ours["missing"] is not None:
+            lines.append([cell, f"missing: {ours['missing']}", *[""] * 5])
+            continue
+        against = "" if peer is None else f"{_percent(peer['ratio']['median'])} ({peer['contestant']})"
+        lines.append([cell, _codec_time(ours), against, *_codec_cost(ours)])
+    return heads, lines
+
+
+def _codec_lines(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    heads = ["request", "reader", "time", "spread", "mmaccel's, of it", "exact", "CPU", "peak memory", "decoded"]
+    heads += ["of the limit"]
+    lines = []
+    for cell, group in cells.items():
+        fastest = _fastest(group)
+        for name, row in group.items():
+            reader = f"**{name}**" if row is fastest else name
+            if row["missing"] is not None:
+                lines.append([cell, reader, "missing", *[""] * 7])
+                continue
+            low, high = (_seconds(row["seconds"][end]) for end in ("low", "high"))
+            ratio = "" if row["ratio"] is None or name == "mmaccel" else _percent(row["ratio"]["median"])
+            exact = "yes" if row["exact"] else "NO"
+            spread = f"{low} to {high}"
+            lines.append([cell, reader, _codec_time(row), spread, ratio, exact, *_codec_cost(row)])
+    return heads, lines
+
+
+def _codec_time(row: Row) -> str:
+    seconds, videos = row["seconds"]["median"], row["videos"]
+    return _seconds(seconds) if videos == 1 else f"{_seconds(seconds)}, {videos / seconds:.1f} a second"
+
+
+def _codec_cost(row: Row) -> list[str]:
+    memory = "" if row["growth"] is None else f"{row['growth'] / 1e6:,.0f} MB"
+    decoded = "" if row["decoded"] is None else f"{row['decoded']:,}"
+    limit = "" if row["of_limit"] is None else _percent(row["of_limit"])
+    return [f"{row['cpu']['median']:.2f} s", memory, decoded, limit]
+
+
+def _codec_caption(one: Row, cells: dict[str, dict[str, Row]]) -> str:
+    group = [row for rows in cells.values() for row in rows.values()]
+    low, high = min(row["repeats"] for row in group), max(row["repeats"] for row in group)
+    repeats = f"{low}" if low == high else f"{low} to {high}"
+    versions = {
+        name.partition("-")[0]: row["version"]
+        for rows in cells.values()
+        for name, row in rows.items()
+        if row["missing"] is None and not name.startswith("mmaccel")
+    }
+    reasons: dict[str, dict[str, None]] = {}
+    for row in group:
+        if row["missing"] is not None and not row["missing"].startswith("it would decode all"):
+            reasons.setdefault(row["contestant"], {})[row["missing"]] = None
+    missing = "".join(f" No {name}: {'; '.join(why)}." for name, why in reasons.items())
+    limit = (
+        " of the limit: the time to decode the needed packets alone, on one thread, divided by the cores, as a share;"
+        if any(row.get("of_limit") for row in group)
+        else ""
+    )
+    return (
+        f"**Rendered files** in real codecs, median of {repeats} warm rounds in turn, each reader in a process of its "
+        f"own; 384 rows out unless said; spread: 20th to 80th percentile; a share of another's time is the median of "
+        f"the rounds; exact: the frame numbers drawn into the pixels are the right ones;{limit} peak memory: above "
+        f"what was held before the call; decoded: frames, where the reader tells.{missing} "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {_codec_place(one)}."
+    )
+
+
+def codec_pool(rows: list[Row], _everything: bool) -> str:
+    """Threads of one call, then hardware decoders by simulation."""
+    places: dict[str, list[Row]] = {}
+    for row in _newest(rows):
+        places.setdefault(_codec_place(row), []).append(row)
+    parts = []
+    for place, group in places.items():
+        lines = []
+        by_name = {(row["cell"], row["contestant"]): row for row in group if row["contestant"] != "engines"}
+        for (cell, name), row in by_name.items():
+            one = by_name.get((cell, "mmaccel-1"))
+            if name == "limit" or row["missing"] is not None:
+                continue
+            what = f"{cell}, {row['threads'] or 'default'} thread{'s' * (row['threads'] != 1)}"
+            share = "" if one is None else f"{one['seconds']['median'] / row['seconds']['median']:.2f}"
+            lines.append([what, _seconds(row["seconds"]["median"]), share, f"{row['cpu']['median']:.2f} s"])
+        for row in group:
+            if row["contestant"] == "engines" and row["missing"] is None:
+                what = f"{row['cell']}, {row['engines']} simulated decoder{'s' * (row['engines'] != 1)}"
+                lines.append([what, _seconds(row["makespan"]), f"{row['alone'] / row['makespan']:.2f}", ""])
+        reasons = {f" No {row['contestant']}: {row['missing']}.": None for row in group if row["missing"] is not None}
+        caption = (
+            f"**Rendered files**, median of {group[0]['repeats']} warm rounds in turn; times one: against one thread, "
+            "or one simulated decoder; simulated: the needed groups of pictures at the seconds that decoding each "
+            f"alone takes one core here, from one queue, without conversion.{''.join(reasons)} {place}."
+        )
+        parts.append(_markdown(["request", "time", "times one", "CPU"], lines, caption))
+    return "\n".join(parts)
+
+
 def _speed_caption(run: list[Row]) -> str:
     """What is true of all rows of a run, and of none that it is not said of."""
     one = run[0]
@@ -217,6 +354,10 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "video_lm/speed": speed,
     "video_lm/speed_published": speed,
     "kernels": kernels,
+    "codecs/decode": codecs,
+    "codecs/long": codecs,
+    "codecs/many": codecs,
+    "codecs/pool": codec_pool,
 }
 SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
 

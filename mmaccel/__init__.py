@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mmaccel.api import accelerate, explain, methods
-    from mmaccel.codecs import load_video
+    from mmaccel.codecs import iter_video, load_video, load_videos, open_stream
     from mmaccel.errors import MMAccelError
     from mmaccel.handle import Handle
     from mmaccel.method import Method
@@ -25,7 +25,10 @@ _LAZY = {
     "accelerate": "mmaccel.api",
     "explain": "mmaccel.api",
     "methods": "mmaccel.api",
+    "iter_video": "mmaccel.codecs",
     "load_video": "mmaccel.codecs",
+    "load_videos": "mmaccel.codecs",
+    "open_stream": "mmaccel.codecs",
     "MMAccelError": "mmaccel.errors",
     "Handle": "mmaccel.handle",
     "Method": "mmaccel.method",
@@ -33,7 +36,19 @@ _LAZY = {
 
 _MODULES = ("codecs", "kernels", "measure", "tiny", "tokens")
 
-__all__ = ["Handle", "MMAccelError", "Method", "__version__", "accelerate", "explain", "load_video", "methods"]
+__all__ = [
+    "Handle",
+    "MMAccelError",
+    "Method",
+    "__version__",
+    "accelerate",
+    "explain",
+    "iter_video",
+    "load_video",
+    "load_videos",
+    "methods",
+    "open_stream",
+]
 
 
 def __getattr__(name: str) -> Any:

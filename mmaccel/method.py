@@ -41,7 +41,8 @@ class Stage(enum.IntEnum):
 class Info:
     """What a method is, apart from its knobs.
 
-    name: spec name. verb: drop, merge, reuse or guess. needs: what a target must offer, such as "vision attention".
+    name: spec name. verb: drop, merge, reuse or guess. needs: what a target must offer, such as "vision attention",
+    or a call: "codec signals" (`mmaccel.codecs.using_signals`).
     slots: places that one method at a time can fill; two methods that share one exclude each other. source: title
     and year of the paper, or where the method comes from. licence: that of the authors' public code, if any.
     """

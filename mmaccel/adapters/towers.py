@@ -17,6 +17,8 @@ import torch.nn.functional as F
 __all__ = ["BatchedTower", "PackedTower", "Thinned", "corner", "kept_frames", "smaller"]
 
 Tensors = Callable[[torch.Tensor], torch.Tensor]
+# (number of the video in the call, how many frames or groups it has) -> which of them are encoded
+Kept = Callable[[int, int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,13 @@ class BatchedTower:
         self.side = self.size // self.patch
         self.class_token, self.per_cell = class_token, patches_per_cell
 
-    def frames(self, arguments: dict[str, Any], pixels: torch.Tensor, _: Any, keep: Callable[[int], int]) -> Any:
+    def frames(self, arguments: dict[str, Any], pixels: torch.Tensor, _: Any, kept: Kept) -> Any:
         """Keep some frames of each video of the call."""
         videos, T = arguments["pixel_values_videos"].shape[:2]
-        kept = torch.zeros(T, dtype=torch.bool)
-        kept[kept_frames(T, keep(T))] = True
-        rows = kept.repeat(videos)
+        shown = torch.zeros(videos, T, dtype=torch.bool)
+        for video in range(videos):
+            shown[video, kept(video, T)] = True
+        rows = shown.flatten()
 
         def restore(x: torch.Tensor) -> torch.Tensor:
             return _spread(x, rows) if x.shape[0] == int(rows.sum()) else x
@@ -105,14 +108,14 @@ class PackedTower:
     def __init__(self, config: Any) -> None:
         self.merge, self.patch, self.depth = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
 
-    def frames(self, _: dict[str, Any], pixels: torch.Tensor, grids: torch.Tensor, keep: Callable[[int], int]) -> Any:
+    def frames(self, _: dict[str, Any], pixels: torch.Tensor, grids: torch.Tensor, kept: Kept) -> Any:
         """Keep some temporal groups of each video."""
         rows, sizes = [], []
-        for t, h, w in grids.tolist():
-            kept = torch.zeros(t, dtype=torch.bool)
-            kept[kept_frames(t, keep(t))] = True
-            rows.append(kept.repeat_interleave(h * w))
-            sizes.append([int(kept.sum()), h, w])
+        for video, (t, h, w) in enumerate(grids.tolist()):
+            shown = torch.zeros(t, dtype=torch.bool)
+            shown[kept(video, t)] = True
+            rows.append(shown.repeat_interleave(h * w))
+            sizes.append([int(shown.sum()), h, w])
         patches = torch.cat(rows)
         tokens = patches[:: self.merge**2]
         new = grids.new_tensor(sizes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mmaccel.errors import MMAccelError, NotApplicableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.table import Table
 
@@ -59,11 +60,13 @@ def run(
     runs: dict[str, dict[str, Any]] = {}
     if both or not methods:
         runs["dense"] = _answer(loaded, inputs, words, [])
-    if methods:
-        runs[stack] = _answer(loaded, inputs, words, methods)
-    _time(loaded.model, inputs, runs, stack, repeats, seconds)
+    with _signals(path, video, methods) as signals:
+        if methods:
+            runs[stack] = _answer(loaded, inputs, words, methods)
+        _time(loaded.model, inputs, runs, stack, repeats, seconds)
 
-    terminal.show(_table(loaded, runs, question), *_remarks(runs, stack))
+    remarks = [*_remarks(runs, stack), *([] if signals is None else [signals])]
+    terminal.show(_table(loaded, runs, question), *remarks)
     terminal.finish(
         {
             "model": source or "embedded",
@@ -87,6 +90,23 @@ def _read(path: str, frames: int | None, default: int) -> tuple[Video, float]:
     # Asked for by number, a short video is an error; by default it is taken as it is.
     video = load_video(path, frames or default, on_short="all" if frames is None else "error")
     return video, time.perf_counter() - start
+
+
+@contextmanager
+def _signals(path: str, video: Video, methods: Sequence[Any]) -> Iterator[str | None]:
+    """The codec's signals for methods that take them, and a remark on what they took; nothing for others."""
+    if not any(
+        "codec signals" in method.info.needs or getattr(method, "temporal", None) == "codec" for method in methods
+    ):
+        yield None
+        return
+    from mmaccel.codecs import codec_signals, using_signals
+
+    start = time.perf_counter()
+    found = codec_signals(path, indices=video.indices)
+    took = time.perf_counter() - start
+    with using_signals(found):
+        yield f"reading the signals of the codec took {_seconds(took)}, which is in none of the times"
 
 
 def _methods(specs: Sequence[str], both: bool) -> list[Any]:

@@ -82,12 +82,16 @@ def run(terminal: Terminal, out: Path, *, clips: int, seconds: float) -> None:
 
 
 def settings(model: Any) -> list[str]:
-    """Spec strings of all methods with a token budget that fit the model, at each of `KEEPS`."""
+    """Spec strings of all methods with a token budget that fit the model and need no more, at each of `KEEPS`."""
     from mmaccel.api import explain
     from mmaccel.method import registry
 
     fitting = explain(model).touches
-    names = [name for name, cls in registry().items() if name in fitting and hasattr(cls, "keep")]
+    names = [
+        name
+        for name, cls in registry().items()
+        if name in fitting and hasattr(cls, "keep") and "codec signals" not in cls.info.needs
+    ]
     return [f"{name}:keep={keep:g}" for name in names for keep in KEEPS]
 
 

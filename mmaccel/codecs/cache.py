@@ -233,7 +233,8 @@ def _plain(value: Any) -> Any:
 def _decoder() -> list[str]:
     """What else the pixels depend on: our code, the libraries, and the CPU that libswscale picks its loops for."""
     code = hashlib.blake2b(digest_size=32)
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for file in sorted((*here.rglob("*.py"), *here.parent.joinpath("kernels", "nv12_to_rgb").glob("*.py"))):
         code.update(file.read_bytes())
     versions = [mmaccel.__version__, torch.__version__, av.__version__, str(sorted(av.library_versions.items()))]
     return [code.hexdigest(), *versions, platform.machine(), torch.backends.cpu.get_cpu_capability()]

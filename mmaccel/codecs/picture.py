@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.sampling import Size, target_size
 
-__all__ = ["Interpolation", "Layout", "Painter", "resized"]
+__all__ = ["Interpolation", "Layout", "Painter", "layout_of", "resized", "side_data"]
 
 Interpolation = Literal["BICUBIC", "BILINEAR", "AREA", "LANCZOS", "POINT"]
 
@@ -50,12 +51,19 @@ class Painter:
 
     def layout(self, frame: VideoFrame) -> Layout:
         """Say how the frame comes upright."""
-        return _layout(frame, self._exif)
+        return layout_of(frame, self._exif)
 
     def shape(self, height: int, width: int, layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the upright picture of a stored one: native, and as wanted."""
         native = (width, height) if layout.transpose else (height, width)
         return native, target_size(*native, self._size)
+
+    def picture(self, frame: VideoFrame) -> torch.Tensor:
+        """The upright picture of a frame, uint8 [3, H, W]."""
+        layout = self.layout(frame)
+        target = torch.empty(3, *self.shape(frame.height, frame.width, layout)[1], dtype=torch.uint8)
+        self.paint(frame, layout, target)
+        return target
 
     def paint(self, frame: VideoFrame, layout: Layout, target: torch.Tensor) -> None:
         """Fill `target`, uint8 [3, H, W], with the upright picture."""
@@ -84,6 +92,11 @@ class Painter:
         return list(np.ascontiguousarray(packed.transpose(2, 0, 1)))
 
 
+def side_data(frame: VideoFrame) -> SideDataContainer:
+    """What came with a frame; `frame.side_data` would tie the two to each other, until the garbage is collected."""
+    return SideDataContainer(frame)  # type: ignore[call-arg]
+
+
 def resized(
     plane: np.ndarray, shape: tuple[int, int], interpolation: Interpolation, scaler: VideoReformatter
 ) -> np.ndarray:
@@ -102,13 +115,14 @@ def _views(frame: VideoFrame) -> list[np.ndarray]:
     ]
 
 
-def _layout(frame: VideoFrame, exif: int | None) -> Layout:
+def layout_of(frame: VideoFrame, exif: int | None = None) -> Layout:
+    """Say how a frame comes upright; `exif` is the orientation of a still image."""
     if exif is not None:
         transpose, right, down, rotation = _EXIF[exif]
         return Layout(transpose, tuple(axis for axis, flip in ((2, right), (1, down)) if flip), rotation)
     rotation = -90 * round(frame.rotation / 90) % 360
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:
         # PyAV cannot list side data of a kind that it has no name for (EXIF); it still tells the turn, not a mirror.
         matrix = None

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mmaccel.codecs.content import readable_again
-from mmaccel.codecs.reader import load_video
+from mmaccel.codecs.reader import load_chosen
 from mmaccel.errors import ConflictError, NotApplicableError, VideoError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from transformers.video_utils import VideoMetadata
 
+    from mmaccel.codecs.sampling import Facts
     from mmaccel.codecs.source import VideoSource
-    from mmaccel.codecs.video import Video
 
 __all__ = ["read_video", "register", "registered", "unregister"]
 
@@ -93,26 +92,16 @@ def read_video(
     """
     from transformers.video_utils import VideoMetadata
 
-    video = readable_again(video)
-    facts = _facts(video)
-    metadata = VideoMetadata(
-        total_num_frames=facts.total,
-        fps=facts.fps,
-        width=facts.width,
-        height=facts.height,
-        duration=facts.duration,
-        video_backend=_NAME,
-    )
-    wanted = range(facts.total) if sample_indices_fn is None else sample_indices_fn(metadata=metadata, **kwargs)
-    found = load_video(video, indices=wanted)
+    metadata = VideoMetadata(total_num_frames=0, video_backend=_NAME)
+
+    def choose(facts: Facts) -> Iterable[int]:
+        metadata.total_num_frames, metadata.fps, metadata.duration, metadata.height, metadata.width = facts
+        return range(facts.total) if sample_indices_fn is None else sample_indices_fn(metadata=metadata, **kwargs)
+
+    found = load_chosen(video, choose)
     # An array and no list: the processor of Qwen3-VL lengthens a list in place to fill up its last patch.
     metadata.frames_indices = found.indices.numpy()  # type: ignore[assignment]
     return found.frames, metadata
-
-
-def _facts(video: VideoSource) -> Video:
-    """What is to be known of a video before its frames are chosen: total, fps, duration, height, width."""
-    return load_video(video, frames=1)
 
 
 def _fetch(processor: Any, videos: Any, sample_indices_fn: Callable[..., Any] | None = None) -> Any:

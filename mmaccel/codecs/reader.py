@@ -14,18 +14,19 @@ import torch
 from mmaccel.codecs.picture import Interpolation
 from mmaccel.codecs.pool import Crew
 from mmaccel.codecs.reading import Options, Reading
-from mmaccel.codecs.sampling import OnShort, Request, Size, target_size, whole_number
+from mmaccel.codecs.sampling import Facts, OnShort, Request, Size, target_size, whole_number
 from mmaccel.codecs.source import Source, VideoSource
 from mmaccel.codecs.video import Part, Video, video_of
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from mmaccel.codecs.cache import FrameCache
     from mmaccel.codecs.groups import Group
     from mmaccel.codecs.reading import Outcome
 
-__all__ = ["Normalize", "iter_video", "load_video", "load_videos", "thread_count"]
+__all__ = ["Normalize", "iter_video", "load_chosen", "load_video", "load_videos", "thread_count"]
 
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
@@ -38,7 +39,7 @@ def load_video(
     frames: int | None = None,
     *,
     fps: float | None = None,
-    indices: Iterable[int] | None = None,
+    indices: Iterable[int] | torch.Tensor | None = None,
     seconds: Iterable[float] | None = None,
     size: Size = None,
     interpolation: Interpolation = "BICUBIC",
@@ -48,6 +49,7 @@ def load_video(
     normalize: Normalize | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    cache: FrameCache | None = None,
 ) -> Video:
     """Read exactly the wanted frames of a video, upright, in RGB, resized if asked.
 
@@ -65,6 +67,8 @@ def load_video(
     memory. normalize=(mean, std), each a number or three, gives float32 (frames / 255 - mean) / std. device is where
     the frames come to lie. threads is the number of decoding threads, at most 256, by default one a core and at most
     16.
+
+    cache is a FrameCache, which decodes the same request for the same content once.
 
     Only groups of pictures that hold wanted frames are decoded, each from its keyframe to its last wanted frame by one
     thread, the longest first; frames that no other refers to are left out where they are not wanted (skip_nonref=False
@@ -87,12 +91,28 @@ def load_video(
     Raises VideoError: wrong type, missing, a directory, empty, not a video, no video stream, nothing decodable, or a
     request that the video cannot satisfy.
     """
+    if cache is not None:
+        return cache.load(
+            src, frames, fps=fps, indices=indices, seconds=seconds, size=size, interpolation=interpolation,
+            on_short=on_short, snap=snap, skip_nonref=skip_nonref, normalize=normalize, device=device, threads=threads,
+        )  # fmt: skip
     request = Request.of(frames, fps, indices, seconds, on_short)
     options, finish = _options(size, interpolation, snap, skip_nonref), Finish.of(normalize, device)
-    with Crew["Outcome"](thread_count(threads)) as crew:
-        reading = Reading(Source(src), request, options)
-        outcome = crew.result(crew.add(reading))
-    return video_of(outcome, reading.source.name, finish(outcome.canvas.frames), stacklevel=2)
+    return _load(Source(src), request, options, finish, thread_count(threads))
+
+
+def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> Video:
+    """Read the frames whose numbers `choose(facts)` gives, in one pass over the file; all else as in `load_video`.
+
+    Of a damaged video, `choose` may be asked again with a better count.
+    """
+    return _load(Source(src), Request(choose=choose), Options(), Finish.of(None, None), thread_count(None))
+
+
+def _load(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Video:
+    with Crew["Outcome"](threads) as crew:
+        outcome = crew.result(crew.add(Reading(source, request, options)))
+    return video_of(outcome, source.name, finish(outcome.canvas.frames), stacklevel=3)
 
 
 def iter_video(
@@ -100,7 +120,7 @@ def iter_video(
     frames: int | None = None,
     *,
     fps: float | None = None,
-    indices: Iterable[int] | None = None,
+    indices: Iterable[int] | torch.Tensor | None = None,
     seconds: Iterable[float] | None = None,
     size: Size = None,
     interpolation: Interpolation = "BICUBIC",
@@ -155,7 +175,7 @@ def load_videos(
     *,
     fps: float | None = None,
     seconds: Iterable[float] | None = None,
-    indices: Iterable[int] | None = None,
+    indices: Iterable[int] | torch.Tensor | None = None,
     size: Size = None,
     interpolation: Interpolation = "BICUBIC",
     on_short: OnShort = "error",

@@ -15,6 +15,8 @@ from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, Interl
 from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Interpolation, Painter
+from mmaccel.codecs.sampling import Facts
+from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,9 +194,26 @@ class Reading:
             return self.request.slots(total, name, cut)
         if times is None:
             clock = Clock.of(table, total, None)
-            return self.request.slots(total, name, cut, np.arange(total) / clock.fps - 1e-6, clock.duration)
-        clock = Clock.of(table, total, table.ends if table.exact else _ends(times))
-        return self.request.slots(total, name, cut, (times - times[0] - 0.5) * table.tick, clock.duration)
+            starts = np.arange(total) / clock.fps - 1e-6
+        else:
+            clock = Clock.of(table, total, table.ends if table.exact else _ends(times))
+            starts = (times - times[0] - 0.5) * table.tick
+        return self.request.slots(
+            total,
+            name,
+            cut,
+            starts,
+            clock.duration,
+            lambda: Facts(total, clock.fps, clock.duration, *self._native(table)),
+        )
+
+    def _native(self, table: PacketTable) -> tuple[int, int]:
+        """Height and width of the upright video; what a file says of a turn is seen on its frames only."""
+        painter = Painter(exif=table.exif)
+        with self.source.open() as (container, stream):
+            for frame in container.decode(stream):
+                return painter.shape(frame.height, frame.width, painter.layout(frame))[0]
+        raise VideoError(f"no frame of {self.source.name} can be decoded; is it complete, and undamaged?")
 
     def _draw_groups(self, container: InputContainer, stream: VideoStream) -> None:
         table, options = self._table, self.options

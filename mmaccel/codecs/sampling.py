@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ import torch
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["OnShort", "Request", "Size", "allocate", "as_numbers", "target_size", "whole_number"]
+__all__ = ["Facts", "OnShort", "Request", "Size", "allocate", "as_numbers", "target_size", "whole_number"]
 
 OnShort = Literal["error", "all", "repeat"]
 Size = int | tuple[int, int] | None
@@ -36,7 +36,7 @@ def whole_number(value: object, what: str) -> int:
         raise VideoError(f"{what} must be a whole number, not {value!r}") from None
 
 
-def as_numbers(indices: Iterable[int]) -> list[int]:
+def as_numbers(indices: Iterable[int] | torch.Tensor) -> list[int]:
     """Turn any iterable of whole numbers (list, range, array, tensor) into a list; VideoError for anything else."""
     try:
         items = list(islice(indices, _MOST_FRAMES + 1))
@@ -53,9 +53,21 @@ def _countable(count: int, what: str) -> None:
         raise VideoError(f"{what}: at most {_MOST_FRAMES} frames can be read in one call; read them in parts")
 
 
+class Facts(NamedTuple):
+    """What `choose` is shown: frames, mean frames a second, seconds, pixels of the upright video."""
+
+    total: int
+    fps: float
+    duration: float
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class Request:
     """Which frames of a video are wanted: one of `frames`, `fps`, `indices`, `seconds`; with none of them up to 32.
+
+    `choose` takes the place of these: it is shown the facts and gives frame numbers.
 
     Raises VideoError for a value that no video can satisfy.
     """
@@ -65,13 +77,14 @@ class Request:
     indices: tuple[int, ...] | None = None
     seconds: tuple[float, ...] | None = None
     on_short: OnShort = "error"
+    choose: Callable[[Facts], Iterable[int]] | None = None
 
     @classmethod
     def of(
         cls,
         frames: int | None = None,
         fps: float | None = None,
-        indices: Iterable[int] | None = None,
+        indices: Iterable[int] | torch.Tensor | None = None,
         seconds: Iterable[float] | None = None,
         on_short: OnShort = "error",
     ) -> Request:
@@ -104,10 +117,16 @@ class Request:
     @property
     def timed(self) -> bool:
         """Whether the times of all frames must be known to answer it."""
-        return self.fps is not None or self.seconds is not None
+        return self.fps is not None or self.seconds is not None or self.choose is not None
 
     def slots(
-        self, total: int, name: str, cut: int = 0, times: np.ndarray | None = None, duration: float = 0.0
+        self,
+        total: int,
+        name: str,
+        cut: int = 0,
+        times: np.ndarray | None = None,
+        duration: float = 0.0,
+        facts: Callable[[], Facts] | None = None,
     ) -> np.ndarray:
         """Turn the request into frame numbers, int64 [N], of a video of `total` frames.
 
@@ -119,18 +138,21 @@ class Request:
 
         `cut` is the number of frames that the file announces but ends before. `times` float64 [total] (for timed
         requests): when each frame is shown, in seconds after the first one, with half the container's clock tick
-        subtracted, as containers round times; `duration`: when the last one ends.
+        subtracted, as containers round times; `duration`: when the last one ends. `facts` is for `choose`.
 
         Raises VideoError for what is outside of the video.
         """
         early = f" (it ends early: {cut} more are announced)" if cut else ""
-        if self.indices is not None:
-            for index in self.indices:
+        indices = self.indices
+        if self.choose is not None and facts is not None:
+            indices = as_numbers(self.choose(facts()))
+        if indices is not None:
+            for index in indices:
                 if not -total <= index < total:
                     raise VideoError(
                         f"frame {index} is outside {name}, which has {total} frame(s): 0 to {total - 1}{early}"
                     )
-            return np.array([index % total for index in self.indices], dtype=np.int64)
+            return np.array([index % total for index in indices], dtype=np.int64)
         if self.frames is not None:
             count = self.frames
             if count > total and self.on_short == "error":

@@ -110,7 +110,8 @@ class VisualTokens:
     features: [N, D]. cell: int64 [N], raster index t * H * W + y * W + x. shape: (T, H, W), (0, 0, 0) for a prompt.
     score: float32 [N] or None. kind: "image", "video" or "prompt". number: which of the prompt's grids this is.
     contiguous: whether they stand one behind the other, without text or newline tokens in between. note(text, about)
-    tells the user's report something, once; of what it is told about one matter, the latest counts.
+    tells the user's report something, once; of what it is told about one matter, the latest counts. video: which of the
+    call's videos this is, over all rows of the batch.
     """
 
     features: torch.Tensor
@@ -121,6 +122,7 @@ class VisualTokens:
     number: int
     contiguous: bool = True
     note: Callable[..., None] = _silent
+    video: int = 0
 
     def __len__(self) -> int:
         return self.features.shape[0]

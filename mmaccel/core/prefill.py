@@ -245,8 +245,10 @@ class PrefillHooks:
         found: list[tuple[int, torch.Tensor, Reduction]] = []
         scores: dict[int, torch.Tensor] = {}
         numbers = dict.fromkeys(range(len(tokens.valid)), 0)
+        videos = itertools.count()
         for (item, index), grid in forward.grids.items():
             row = grid.rows[0]
+            video = next(videos) if grid.kind == "video" else 0
             cells = tokens.cells(row, item, index)
             if cells.numel() == 0:
                 continue
@@ -254,7 +256,7 @@ class PrefillHooks:
             if reducer.score is not None and id(grid.encoded) not in scores:
                 scores[id(grid.encoded)] = self._scores(reducer.name, grid.encoded, reducer.score)
             values = scores.get(id(grid.encoded))
-            visual = _visual(tokens, row, cells, features, grid, values, numbers[row], reducer.note)
+            visual = _visual(tokens, row, cells, features, grid, values, numbers[row], reducer.note, video)
             reduction = reduce(visual)
             for beam in grid.rows:
                 numbers[beam] += 1
@@ -303,10 +305,10 @@ class PrefillHooks:
 
 def _visual(
     tokens: TokenMap, row: int, cells: torch.Tensor, features: torch.Tensor, grid: Grid, scores: torch.Tensor | None,
-    number: int, note: Callable[..., None],
+    number: int, note: Callable[..., None], video: int,
 ) -> VisualTokens:  # fmt: skip
     cell = tokens.cell[row, cells]
     if scores is not None:
         scores = scores.to(cell.device)[grid.span][grid.layout.offsets.to(cell.device)[cell]]
     contiguous = int(cells[-1] - cells[0]) == cells.numel() - 1
-    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous, note)
+    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous, note, video)

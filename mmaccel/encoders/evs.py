@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from mmaccel.method import Info, Stage
+from mmaccel.codecs.signals import change_between
+from mmaccel.method import Info, Stage, knob
 from mmaccel.reducer import BEFORE_LLM, GridReducer
 from mmaccel.tokens import select, signals
 from mmaccel.tokens.place import Reduction
@@ -25,7 +26,16 @@ class EVS(GridReducer):
     kept, max(tokens per frame, keep * tokens), depends on shapes alone; so keep has a floor of one frame, and the
     report shows what was reached. Differences are compared in steps of 2^-12, ties go to the earlier token, so that a
     still video does not depend on rounding noise.
+
+    With temporal="codec" the difference is what the codec of the file says (`mmaccel.codecs.using_signals`), not a
+    cosine of features: known before the encoder has run, and worse. In `benchmarks/codecs/signals.toml` it is no better
+    than random tokens at small `keep`; `mmaccel.codecs.pixel_change` given in its place comes closer to features.
     """
+
+    temporal: Literal["features", "codec"] = knob(
+        "features", "where the change of a token is taken from; codec: see codecs.using_signals",
+        choices=("features", "codec"),
+    )  # fmt: skip
 
     info: ClassVar[Info] = Info(
         name="evs", verb="drop", stage=Stage.BEFORE_LLM, summary="drops tokens that repeat the frame before",
@@ -44,7 +54,10 @@ class EVS(GridReducer):
         budget = max(S, wanted)
         if wanted < S:
             tokens.note(f"evs: keep={self.keep} asks for {wanted} tokens, and its floor of one frame, {S}, was kept")
-        similarity = signals.cosine_to_previous_frame(tokens.features.view(1, T, S, -1))[0]
-        difference = torch.full((T, S), torch.inf, device=similarity.device)
-        difference[1:] = torch.round((1 - similarity) * 4096)
+        difference = torch.full((T, S), torch.inf, device=tokens.features.device)
+        if self.temporal == "codec":
+            change = change_between(self.info.name, tokens)[1:]
+        else:
+            change = 1 - signals.cosine_to_previous_frame(tokens.features.view(1, T, S, -1))[0]
+        difference[1:] = torch.round(change * 4096)
         return Reduction(select.top_k(difference.view(1, n), min(n, budget))[0])

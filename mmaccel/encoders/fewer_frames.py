@@ -36,14 +36,15 @@ class FewerFrames(GridReducer):
         baseline=True,
     )  # fmt: skip
 
-    def _kept(self, T: int) -> list[int]:
+    def kept(self, _video: int, T: int) -> list[int]:
+        """Which of the T frames of a video the model is given, ascending."""
         return kept_frames(T, resolve_keep(self.keep, T))
 
     def reduce(self, tokens: VisualTokens) -> Reduction | None:
         """Drop the tokens of the frames that the encoder has not seen."""
         if tokens.kind != "video":
             return None
-        kept = torch.tensor(self._kept(tokens.shape[0]), device=tokens.cell.device)
+        kept = torch.tensor(self.kept(tokens.video, tokens.shape[0]), device=tokens.cell.device)
         return Reduction(torch.isin(tokens.time, kept).nonzero().squeeze(1))
 
     def plan(self, target: Target) -> list[Touch]:
@@ -54,7 +55,7 @@ class FewerFrames(GridReducer):
         """
         site = target.site
         if "video" not in site.encoders:
-            raise NotApplicableError(f"fewer-frames needs a video encoder, and {site.family} encodes images only.")
+            raise NotApplicableError(f"{self.info.name} needs a video encoder, and {site.family} encodes images only.")
         return [Touch(site.module_paths()[0], "encodes the kept frames only"), *super().plan(target)]
 
     def install(self, installer: Installer) -> None:
@@ -68,6 +69,6 @@ class FewerFrames(GridReducer):
         def thin(modality: str, arguments: dict[str, Any], pixels: torch.Tensor, grids: torch.Tensor | None) -> Any:
             if modality != "video":
                 return None
-            return tower.frames(arguments, pixels, grids, lambda T: resolve_keep(self.keep, T))
+            return tower.frames(arguments, pixels, grids, self.kept)
 
         installer.gate(thin)

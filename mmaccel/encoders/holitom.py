@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from mmaccel.codecs.signals import change_between
 from mmaccel.errors import MethodError
 from mmaccel.kernels.frame_dp import frame_dp, windows
 from mmaccel.method import Info, Stage, Touch, knob
@@ -51,6 +52,10 @@ class HoliTom(GridReducer):
         None, "decoder layer before which the inner part merges; default 0.64 of the depth", low=1
     )
     longest: int = knob(1024, "longest segment in frames", low=1)
+    temporal: Literal["features", "codec"] = knob(
+        "features", "where the similarity over time is taken from; codec: 1 - change, see codecs.using_signals",
+        choices=("features", "codec"),
+    )  # fmt: skip
     temporal_only: bool = knob(False, "no selection in space (the paper's ratio 1): keep is not used")
 
     info: ClassVar[Info] = Info(
@@ -114,7 +119,7 @@ class HoliTom(GridReducer):
         T, S = tokens.frames()
         x = tokens.features.view(T, S, -1)
         score = tokens.score.view(T, S)
-        similarity = signals.cosine_to_previous_frame(x[None])[0] if T > 1 else x.new_zeros(0, S)
+        similarity = self._similarity(tokens, x)
         static = similarity > self.tau
         cut = frame_dp(static[None], self.longest)
         saved = int(cut.saved[0])
@@ -138,6 +143,14 @@ class HoliTom(GridReducer):
             )
         reduction = parts.reduction()
         return reduction if tokens.contiguous else _ascending(reduction)
+
+    def _similarity(self, tokens: VisualTokens, x: torch.Tensor) -> torch.Tensor:
+        """float32 [T - 1, S]: of each token of x [T, S, D] with the same position in the next frame."""
+        if len(x) < 2:
+            return x.new_zeros(0, x.shape[1])
+        if self.temporal == "codec" and tokens.kind == "video":
+            return 1 - change_between(self.info.name, tokens)[1:]
+        return signals.cosine_to_previous_frame(x[None])[0]
 
     def _ratio(self, n: int, saved: int) -> float:
         if isinstance(self.keep, int) and self.keep > n:

@@ -26,7 +26,7 @@ __all__ = ["Scenario", "load_scenario", "options_of", "run_scenario"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One benchmark: its name, what it is about, which runner does it ("quality", "speed", "kernels"), its options."""
+    """One benchmark: its name, what it is about, its runner (such as "quality"), its options."""
 
     name: str
     title: str
@@ -35,12 +35,14 @@ class Scenario:
 
 
 def _runner(name: str) -> tuple[type, Callable[..., list[dict[str, Any]]]]:
-    from mmaccel.measure import run_kernels, run_quality, run_speed
+    from mmaccel.measure import run_codec_signals, run_codecs, run_kernels, run_quality, run_speed
 
     known = {
         "quality": (run_quality.QualityOptions, run_quality.run),
         "speed": (run_speed.SpeedOptions, run_speed.run),
         "kernels": (run_kernels.KernelOptions, run_kernels.run),
+        "codec-signals": (run_codec_signals.CodecSignalOptions, run_codec_signals.run),
+        "codecs": (run_codecs.CodecOptions, run_codecs.run),
     }
     if name not in known:
         raise MMAccelError(f"no benchmark runner is called {name!r}; known are {', '.join(known)}.")

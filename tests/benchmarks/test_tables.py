@@ -64,6 +64,20 @@ def kernel_row(contestant, ratio=None, size="full", device="cpu", **extra):
     }  # fmt: skip
 
 
+def codec_row(contestant, seconds=None, cell="a", **extra):
+    spread = {"low": 0.5, "high": 3.0, "n": 5}
+    figures = {
+        "seconds": spread | {"median": seconds}, "cpu": spread | {"median": 1.5}, "growth": 2_000_000, "decoded": 1234,
+        "exact": True, "ratio": spread | {"median": 0.8}, "of_limit": 0.25, "threads": 0,
+    }  # fmt: skip
+    versions = {**MACHINE["versions"], "av": "18"}
+    return {
+        "benchmark": "codecs/decode", "key": "k", "cell": cell, "contestant": contestant, "missing": None,
+        "version": "1.2", "videos": 1, "cores": 2, "repeats": 5, **({} if seconds is None else figures), **MACHINE,
+        "versions": versions, **extra,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "docs").mkdir()
@@ -183,6 +197,69 @@ def test_the_kernel_table(tmp_path):
     ]  # fmt: skip
 
 
+CODEC_ROWS = [
+    codec_row("mmaccel", 1.0), codec_row("pyav", 2.0, ratio={"median": 0.55}), codec_row("late", 0.5, exact=False),
+    codec_row("decord", 3.0, decoded=None), codec_row("opencv", missing="it would decode all 9 frames"),
+    codec_row("torchcodec", missing="no package torchcodec here"),
+    codec_row("limit", 0.5, of_limit=None, ratio=None, exact=None, growth=None),
+    codec_row("mmaccel", missing="it broke", cell="b", repeats=3),
+    codec_row("pyav", 2.0, cell="b", repeats=3, ratio=None),
+]  # fmt: skip
+
+
+def test_the_codec_table_compares_with_the_fastest_that_is_right(tmp_path):
+    old = [codec_row("mmaccel", 9.0, key="old", time="2025-01-01T00:00:00Z")]
+    append_rows(tmp_path / "codecs" / "decode.jsonl", [*CODEC_ROWS, *old])
+    found = tables.table("codecs/decode", tmp_path)
+    heads, _, *lines = cells(found)
+    assert heads[:3] == ["request", "time", "of the fastest exact peer"]
+    assert lines == [
+        ["a", "1.00 s", "55.0 % (pyav)", "1.50 s", "2 MB", "1,234", "25.0 %"],
+        ["b", "missing: it broke", "", "", "", "", ""],
+    ]
+    assert "median of 3 to 5" in found
+    assert "No torchcodec: no package torchcodec here." in found
+    assert "opencv" not in found
+    assert "Test CPU, 2 cores; PyAV 18, mmaccel 0" in found
+    heads, _, *lines = cells(tables.table("codecs/decode/all", tmp_path))
+    assert heads[:6] == ["request", "reader", "time", "spread", "mmaccel's, of it", "exact"]
+    assert [line[:6] for line in lines[:6]] == [
+        ["a", "mmaccel", "1.00 s", "500.0 ms to 3.00 s", "", "yes"],
+        ["a", "**pyav**", "2.00 s", "500.0 ms to 3.00 s", "55.0 %", "yes"],
+        ["a", "late", "500.0 ms", "500.0 ms to 3.00 s", "80.0 %", "NO"],
+        ["a", "decord", "3.00 s", "500.0 ms to 3.00 s", "80.0 %", "yes"],
+        ["a", "opencv", "missing", "", "", ""],
+        ["a", "torchcodec", "missing", "", "", ""],
+    ]
+    assert lines[3][-2] == ""
+    assert [line[:5] for line in lines[6:]] == [
+        ["b", "mmaccel", "missing", "", ""],
+        ["b", "**pyav**", "2.00 s", "500.0 ms to 3.00 s", ""],
+    ]
+
+
+def test_many_videos_have_a_rate():
+    found = tables.codecs([codec_row("mmaccel", 4.0, videos=24), codec_row("pyav", 6.0, videos=24)], False)
+    assert cells(found)[2][:3] == ["24 times a", "4.00 s, 6.0 a second", "80.0 % (pyav)"]
+
+
+def test_the_pool_table(tmp_path):
+    engines = {"alone": 8.0, "groups": 3, "longest": 1.0, "version": None}
+    rows = [
+        codec_row("mmaccel", 1.5), codec_row("mmaccel-1", 3.0, threads=1), codec_row("mmaccel-2", 2.0, threads=2),
+        codec_row("limit", 4.0), codec_row("engines", engines=1, makespan=8.0, **engines),
+        codec_row("engines", engines=7, makespan=2.0, **engines),
+    ]  # fmt: skip
+    append_rows(tmp_path / "codecs" / "pool.jsonl", [{**row, "benchmark": "codecs/pool"} for row in rows])
+    assert cells(tables.table("codecs/pool", tmp_path))[2:] == [
+        ["a, default threads", "1.50 s", "2.00", "1.50 s"],
+        ["a, 1 thread", "3.00 s", "1.00", "1.50 s"],
+        ["a, 2 threads", "2.00 s", "1.50", "1.50 s"],
+        ["a, 1 simulated decoder", "8.00 s", "1.00", ""],
+        ["a, 7 simulated decoders", "2.00 s", "4.00", ""],
+    ]
+
+
 def test_times_have_three_units():
     assert [tables._seconds(value) for value in (2.5, 0.25, 2.5e-4)] == ["2.50 s", "250.0 ms", "250 µs"]
 
@@ -264,7 +341,7 @@ def test_committed_results_are_those_of_the_committed_scenarios(path):
         if path != SCRIPT.parent / "results" / f"{name}.jsonl":
             continue  # of another machine, or with options replaced
         expected = json.loads(json.dumps(options_of(load_scenario(scenario))))
-        if name == "kernels/speed":
+        if name.startswith(("kernels/", "codecs/")):
             continue  # its rows depend on nothing that they do not say
         stored = row["options"]
         # results do not depend on the number of processes

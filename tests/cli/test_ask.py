@@ -58,6 +58,15 @@ def test_methods_are_put_on_together(document, clip, question):
     assert found["answers"][0]["visual_tokens"] == [513, 200, 100]
 
 
+@pytest.mark.parametrize("method", ["codec-frames:keep=0.5", "evs:keep=0.25;temporal=codec"])
+def test_signals_of_the_codec_are_read_for_methods_that_take_them(document, cli, clip, question, method):
+    (only,) = document("ask", clip, question, "-m", method, "--repeats", 1)["answers"]
+    assert only["visual_tokens"][1] < 513
+    code, out, _ = cli("ask", clip, question, "-m", method, "--repeats", 1)
+    assert code == 0
+    assert "signals of the codec took" in " ".join(out.split())
+
+
 def test_for_people(cli, clip, question):
     code, out, err = cli("ask", clip, question, "--compare", "--repeats", 1)
     assert code == 0, err

@@ -33,6 +33,11 @@ def assert_same(found: Video, wanted: Video) -> None:
         if isinstance(other, torch.Tensor):
             assert one.dtype == other.dtype
             assert torch.equal(one, other), field.name
+        elif field.name == "work":
+            # Which thread takes which group is chance, and so are jumps in the file.
+            assert dataclasses.replace(one, seeks=0, opened=0, threads=0) == dataclasses.replace(
+                other, seeks=0, opened=0, threads=0
+            )
         else:
             assert one == other, field.name
 
