@@ -1,4 +1,4 @@
-"""The command line: `mmaccel demo | ask | bench | list | explain`."""
+"""The command line: `mmaccel demo | ask | bench | list | explain | probe`."""
 
 from __future__ import annotations
 

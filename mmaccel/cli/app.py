@@ -128,6 +128,22 @@ def explain(
         run(terminal, model)
 
 
+@app.command()
+def probe(
+    video: Annotated[str, typer.Argument(help="A video file, or a URL that FFmpeg opens.")],
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to sample; 32, or all of a shorter video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample in a second, instead.")] = None,
+    size: Annotated[str | None, typer.Option(help="Shorter side in pixels, or HEIGHTxWIDTH.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Decoding threads; one a core, at most 16.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what is in a video file, and what reading frames of it would cost. Decodes one picture only."""
+    from mmaccel.cli.probe import run
+
+    with Terminal(json) as terminal:
+        run(terminal, video, frames=frames, fps=fps, size=size, threads=threads)
+
+
 # click's ClickException; typer carries its own copy of it since 0.20, and both versions are allowed.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from mmaccel.codecs.cache import CacheStats as CacheStats
     from mmaccel.codecs.cache import CacheWarning as CacheWarning
     from mmaccel.codecs.cache import FrameCache as FrameCache
+    from mmaccel.codecs.inspection import VideoProbe as VideoProbe
+    from mmaccel.codecs.inspection import probe_video as probe_video
     from mmaccel.codecs.live import LiveFrame as LiveFrame
     from mmaccel.codecs.live import LiveStats as LiveStats
     from mmaccel.codecs.live import LiveStream as LiveStream
@@ -39,6 +41,7 @@ _HOMES = {
     "LiveStream": "live",
     "Part": "video",
     "Video": "video",
+    "VideoProbe": "inspection",
     "VideoWarning": "video",
     "codec_signals": "motion",
     "iter_video": "reader",
@@ -46,6 +49,7 @@ _HOMES = {
     "load_videos": "reader",
     "open_stream": "live",
     "pixel_change": "signals",
+    "probe_video": "inspection",
     "register": "plugin",
     "registered": "plugin",
     "select_frames": "signals",
@@ -64,6 +68,7 @@ __all__ = [
     "LiveStream",
     "Part",
     "Video",
+    "VideoProbe",
     "VideoWarning",
     "codec_signals",
     "iter_video",
@@ -71,6 +76,7 @@ __all__ = [
     "load_videos",
     "open_stream",
     "pixel_change",
+    "probe_video",
     "register",
     "registered",
     "select_frames",

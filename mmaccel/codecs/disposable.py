@@ -1,13 +1,15 @@
 """Packets that nothing else is predicted from, told by their headers: they may be left out.
 
 Read after the bitstream specifications: ITU-T H.264 (7.4.1, nal_ref_idc), ITU-T H.265 (7.4.2.2, sub-layer non-reference
-pictures), ISO/IEC 13818-2 and 14496-2 (picture types). VP8 and VP9 have no such packets, as every frame hands motion
-vectors and probabilities on to the next one.
+pictures), ISO/IEC 13818-2 and 14496-2 (picture types). AV1's headers have a file of their own. VP8 and VP9 have no such
+packets, as every frame hands motion vectors and probabilities on to the next one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from mmaccel.codecs.av1 import FrameHeaders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,8 +24,8 @@ _SPS = 33  # HEVC's NAL unit type
 def disposable_test(context: VideoCodecContext) -> Callable[[memoryview], bool] | None:
     """Return what tells of a packet of this stream whether no other frame needs it; None for codecs that cannot say.
 
-    A wrong "no" costs time only. There is no wrong "yes" in streams of whole pictures (interlaced ones may store the
-    two fields of one frame apart).
+    It is to be given every packet from a keyframe on, in decoding order. A wrong "no" costs time only. There is no
+    wrong "yes" in streams of whole pictures (interlaced ones may store the two fields of one frame apart).
     """
     name, extra = context.codec.canonical_name, bytes(context.extradata or b"")
     if name == "h264":
@@ -39,6 +41,8 @@ def disposable_test(context: VideoCodecContext) -> Callable[[memoryview], bool] 
         return lambda data: _all_coded_as(data, b"\0\0\1\0", lambda head: (head[1] >> 3) & 7 == 3)
     if name == "mpeg4":
         return lambda data: _all_coded_as(data, b"\0\0\1\xb6", lambda head: head[0] >> 6 == 2)
+    if name == "av1":
+        return FrameHeaders(extra)
     return None
 
 

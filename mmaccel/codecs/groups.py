@@ -180,7 +180,8 @@ class GroupReader:
         for packet in self._packets_of(group, start, missing if skip else {start}):
             time = None if packet is None or packet.pts is None else packet.pts
             if packet is not None and time in table.slot_at and time >= start:
-                if time not in wanted and disposable and disposable(memoryview(packet)):
+                # Wanted packets are looked at too: they may bring headers that later ones are read by.
+                if disposable and disposable(memoryview(packet)) and time not in wanted:
                     self.skipped += 1
                     continue
                 awaited.add(time)
@@ -221,7 +222,8 @@ class GroupReader:
                     packet = self._next()
             except FFmpegError:
                 continue
-            if packet is not None and packet.size and packet.pts == start:
+            # After a jump the parser of program streams may hand a packet the time of another.
+            if packet is not None and packet.pts == start and packet.size == self._table.sizes[row]:
                 self._rank = group.key_rank
                 return packet
         raise FrameMismatchError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from av.error import FFmpegError
 
-from mmaccel.codecs.packets import ONE_FRAME_A_PACKET, PacketTable
+from mmaccel.codecs.packets import ONE_FRAME_A_PACKET, PacketTable, packs_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +96,7 @@ def _read(container: InputContainer, stream: VideoStream, bounds: np.ndarray, de
     Of the last group only the keyframe is among them, unless it is the last of the file: pictures of the next one may
     be shown between the others.
     """
-    entries = stream.index_entries
+    entries, codec = stream.index_entries, stream.codec_context.codec.canonical_name
     first, end = int(bounds[0]), int(bounds[-1])
     packets: list[tuple[int, int, int, bool, int]] = []
     # The file is sought by presentation times, the index has those of decoding.
@@ -106,7 +106,7 @@ def _read(container: InputContainer, stream: VideoStream, bounds: np.ndarray, de
             break
         if packet.dts != entries[first + len(packets)].timestamp or packet.is_corrupt or packet.is_discard:
             raise _UnexpectedError
-        if packet.pts is None or packet.dts is None:
+        if packet.pts is None or packet.dts is None or packs_frames(codec, packet):
             raise _UnexpectedError
         packets.append((packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.duration or 0))
     if len(packets) != end - first:

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-__all__ = ["ONE_FRAME_A_PACKET", "PacketTable", "scan"]
+__all__ = ["ONE_FRAME_A_PACKET", "PacketTable", "packs_frames", "scan"]
 
 # Codecs whose packets each hold exactly one shown frame. VP8 is not among them: its alternate reference frames are
 # packets that are never shown. The others are unproved. Both are counted by decoding.
 ONE_FRAME_A_PACKET = frozenset(
     {"av1", "ffv1", "gif", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "png", "prores", "vp9"}
 )
+
+_VOP = b"\0\0\1\xb6"  # what an MPEG-4 picture starts with
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class PacketTable:
     time of the last one, 0 if not stated.
     `exact` says whether packets number the frames; without it only decoding tells the frames apart, and `total` is 0.
     `cut` is the number of frames that the file announces but ends before, `rate` the frame rate of the header.
-    `guessed` says that FFmpeg has made the times up (AVI stores none): only the decoder's order is to be trusted.
+    `guessed` says that FFmpeg has made the times up (AVI stores none), or that packets hold two frames: only the
+    decoder's order is to be trusted.
     `exif` is the EXIF orientation of a still image, 1 to 8, None for anything else.
     """
 
@@ -121,6 +124,7 @@ def scan(container: InputContainer, stream: VideoStream) -> PacketTable:
         torn = packet.is_corrupt
         if still and packets == 1:
             exif = _exif_orientation(bytes(packet))
+        guessed = guessed or packs_frames(codec, packet)
         decoded_at = packet.dts
         # Matroska stores no decoding times: FFmpeg makes them up, and stumbles where frames are missing.
         if decoded_at is not None and not matroska:
@@ -162,6 +166,11 @@ def scan(container: InputContainer, stream: VideoStream) -> PacketTable:
         guessed=guessed,
         exif=exif,
     )
+
+
+def packs_frames(codec: str, packet: Packet) -> bool:
+    """Whether a packet holds two pictures, as DivX stores MPEG-4's B-frames; an empty one makes up for it later."""
+    return codec == "mpeg4" and bytes(packet).count(_VOP) > 1
 
 
 def _exif_orientation(encoded: bytes) -> int | None:

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from mmaccel.codecs.pool import Ticket
     from mmaccel.codecs.reading import Outcome
 
-__all__ = ["Backend", "Device", "Normalize", "iter_video", "load_chosen", "load_video", "load_videos"]
+__all__ = [
+    "Backend",
+    "Device",
+    "Normalize",
+    "iter_video",
+    "load_chosen",
+    "load_video",
+    "load_videos",
+    "thread_count",
+]
 
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
@@ -114,7 +123,7 @@ def load_video(
     request = Request.of(frames, fps, indices, seconds, on_short)
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
-    return _load(Source(src), request, options, finish, _threads(threads, options))
+    return _load(Source(src), request, options, finish, thread_count(threads, options))
 
 
 def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> Video:
@@ -122,7 +131,7 @@ def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> V
 
     Of a damaged video, `choose` may be asked again with a better count.
     """
-    return _load(Source(src), Request(choose=choose), Options(), Finish.of(None), _threads(None, Options()))
+    return _load(Source(src), Request(choose=choose), Options(), Finish.of(None), thread_count(None))
 
 
 def _load(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Video:
@@ -169,7 +178,7 @@ def iter_video(
     request = Request.of(frames, fps, indices, seconds, on_short)
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
-    return _parts(Source(src), request, options, finish, _threads(threads, options))
+    return _parts(Source(src), request, options, finish, thread_count(threads, options))
 
 
 def _parts(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Iterator[Part]:
@@ -230,7 +239,7 @@ def load_videos(
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
     videos: list[Video | VideoError] = []
-    with Crew["Outcome"](_threads(threads, options)) as crew:
+    with Crew["Outcome"](thread_count(threads, options)) as crew:
         entries = deque(_entry(crew, src, request, options) for src in sources)
         while entries:
             entry = entries.popleft()
@@ -268,10 +277,11 @@ def _options(
     return Options(size, interpolation, bool(skip_nonref), snap is not None, chosen, devices, spare, note)
 
 
-def _threads(threads: int | None, options: Options) -> int:
+def thread_count(threads: int | None, options: Options | None = None) -> int:
+    """Check `threads`; by default one a core, at most 16, or some sessions a GPU."""
     if threads is not None:
         count = whole_number(threads, "threads")
-    elif options.backend in HARDWARE:
+    elif options is not None and options.backend in HARDWARE:
         count = _USUAL_SESSIONS * len(options.devices)
     else:
         count = min(_cores(), _USUAL_THREADS)
