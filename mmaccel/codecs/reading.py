@@ -133,7 +133,7 @@ class Reading:
         self._table: PacketTable | None = None
         self.numbers = np.empty(0, dtype=np.int64)
         self.seconds = np.empty(0)
-        self.canvas = Canvas(self.numbers)
+        self.canvas = self._drawing = Canvas(self.numbers)
 
     def lead(self, hands: int, shared: Callable[[], None]) -> None:
         """Read what the packets say, plan, and work."""
@@ -141,7 +141,7 @@ class Reading:
             self._plan(container, stream)
             if self._groups:
                 # Cores that no group is left for help inside of the groups.
-                self._each = max(1, hands // len(self._groups))
+                self._each = max(1, hands // len(self._groups)) if all(g.steady for g in self._groups) else 1
                 shared()
                 self._draw_groups(container, stream)
 
@@ -152,18 +152,24 @@ class Reading:
 
     def spare(self) -> bool:
         """Whether enough is left for one more thread."""
-        return self._left > _WORTH_OPENING and not self._stop and not self.source.remote
+        return self._left > _WORTH_OPENING and not self._over and not self.source.remote
 
     def abandon(self) -> None:
         """Let all threads stop after the frame that they are at."""
         self._stop = True
 
+    @property
+    def _over(self) -> bool:
+        return self._stop or self._misled is not None
+
     def finish(self) -> Outcome:
         """Assemble the outcome; where decoding by groups has failed, get the frames in another way."""
         table = self._table
         assert table is not None
+        if self._misled is not None and self._each > 1:
+            self._once_more(table)
         if table.exact and not table.guessed and self._misled is None:
-            return self._outcome(table, self.numbers, self.canvas, self._work)
+            return self._outcome(table, self.numbers, self._drawing, self._work)
         return self._otherwise(table)
 
     def _plan(self, container: InputContainer, stream: VideoStream) -> None:
@@ -175,15 +181,22 @@ class Reading:
         self._table = table = table or scan(container, stream)
         if not table.exact or table.guessed:
             return
-        self.numbers = self._numbers(table, table.total, table.pts)
-        if self.options.snap:
-            self.numbers = np.array([table.nearest_key(slot) for slot in self.numbers.tolist()])
+        self.numbers = self._snapped(table, self._numbers(table, table.total, table.pts))
         self.seconds = _seconds(table, self.numbers)
-        self.canvas = Canvas(self.numbers)
+        self.canvas = self._drawing = Canvas(self.numbers)
         groups = groups_for(table, self.numbers)
         self._left = sum(group.cost for group in groups)
         self._work = replace(self._work, groups=len(groups), approximate=self.options.snap)
         self._groups.extend(groups if self._in_time else sorted(groups, key=lambda group: -group.cost))
+
+    def _once_more(self, table: PacketTable) -> None:
+        """Decode the groups again, without FFmpeg's threads: what is lost shall not depend on them."""
+        self._each, self._misled, self._drawn = 1, None, None
+        # What has been given in parts stays as it is.
+        self._drawing = Canvas(self.numbers)
+        self._groups = deque(groups_for(table, self.numbers))
+        with self.source.open() as (container, stream):
+            self._draw_groups(container, stream)
 
     def _numbers(self, table: PacketTable, total: int, times: np.ndarray | None) -> np.ndarray:
         """The frame for each row, of `total` frames at `times` ticks."""
@@ -196,10 +209,19 @@ class Reading:
         clock = Clock.of(table, total, table.ends if table.exact else _ends(times))
         return self.request.slots(total, name, cut, (times - times[0] - 0.5) * table.tick, clock.duration)
 
+    def _snapped(self, table: PacketTable, numbers: np.ndarray) -> np.ndarray:
+        """The keyframes nearest to the wanted frames if those are wanted instead, and the packets tell of them."""
+        if not self.options.snap or not table.exact:
+            return numbers
+        return np.array([table.nearest_key(slot) for slot in numbers.tolist()])
+
     def _draw_groups(self, container: InputContainer, stream: VideoStream) -> None:
         table, options = self._table, self.options
         assert table is not None
         stream.codec_context.thread_count = self._each
+        if self._each > 1:
+            # FFmpeg's threads hand a picture out before they know of damage in it: only an error tells.
+            stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}
         painter = Painter(options.size, options.interpolation, table.exif)
         reader = GroupReader(container, stream, table, options.skip)
         try:
@@ -209,11 +231,10 @@ class Reading:
                 except InterlacedError:
                     reader.play()
                     self._draw(reader, group, painter)
-                if self._drawn and not self._stop:
+                if self._drawn and not self._over:
                     self._drawn(group)
         except (FrameMismatchError, GeometryChangedError) as error:
             self._misled = error
-            self._stop = True
         finally:
             with self._lock:
                 work = self._work
@@ -228,13 +249,13 @@ class Reading:
 
     def _draw(self, reader: GroupReader, group: Group, painter: Painter) -> None:
         for slot, frame in reader.read(group):
-            if self._stop:
+            if self._over:
                 return
-            self.canvas.draw(slot, frame, painter)
+            self._drawing.draw(slot, frame, painter)
 
     def _take(self) -> Group | None:
         with self._lock:
-            if self._stop or not self._groups:
+            if self._over or not self._groups:
                 return None
             group = self._groups.popleft()
             self._left -= group.cost
@@ -247,9 +268,10 @@ class Reading:
             with source.open() as (container, stream):
                 table = scan(container, stream)
         painter = Painter(options.size, options.interpolation, table.exif)
-        work = Work(way="sequential", groups=self._work.groups, opened=self._work.opened + 1)
+        approximate = self.options.snap and table.exact
+        work = Work(way="sequential", groups=self._work.groups, opened=self._work.opened + 1, approximate=approximate)
         if table.exact:
-            numbers = self._numbers(table, table.total, table.pts)
+            numbers = self._snapped(table, self._numbers(table, table.total, table.pts))
             canvas = Canvas(numbers, steady=False)
             try:
                 decoded = decode_slots(source, table, canvas, painter, max(1, self._each))
@@ -257,7 +279,7 @@ class Reading:
             except FrameMismatchError:
                 work = replace(work, opened=work.opened + 1)
         found = survey(source, table)
-        numbers = self._numbers(table, found.total, found.times)
+        numbers = self._snapped(table, self._numbers(table, found.total, found.times))
         shown = found.nearest(numbers)
         canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), steady=False)
         decoded = found.decoded + decode_in_order(source, canvas, painter)
