@@ -96,10 +96,10 @@ def decode_slots(source: Source, table: PacketTable, canvas: Canvas, painter: Pa
 class Survey:
     """What a video yields when all of it is decoded in order.
 
-    total: how many frames it has, lost ones included. times: int64 [total], their pts in ticks, None where frames carry
-    none. number: for each frame that decodes, its place among the decoder's outputs. held: frames without a picture of
-    their own by design, which show the one before. lost: frames that do not decode. unplaced: how many of those have no
-    number. decoded: the decoder's outputs.
+    total: how many frames it has, lost ones included. times: int64 [total], their pts in ticks, ascending, None where
+    frames carry none or come in another order. number: for each frame that decodes, its place among the decoder's
+    outputs. held: frames without a picture of their own by design, which show the one before. lost: frames that do not
+    decode. unplaced: how many of those have no number. decoded: the decoder's outputs.
     """
 
     total: int
@@ -140,8 +140,9 @@ def survey(source: Source, table: PacketTable) -> Survey:
         lost = len(table.pts) - len(number) - len(held)
         found = Survey(len(table.pts), table.pts, number, held, lost, 0, len(arrived))
     else:
-        stated = [pts for pts, _ in arrived if pts is not None]
-        times = np.array(stated, dtype=np.int64) if len(stated) == len(arrived) else None
+        stated = np.array([pts for pts, _ in arrived if pts is not None], dtype=np.int64)
+        # Joined streams start anew; what runs backwards says nothing about when a frame is shown.
+        times = stated if len(stated) == len(arrived) and (np.diff(stated) >= 0).all() else None
         lost = len(errors) + len(arrived) - len(clean)
         places = {place: place for place in clean}
         found = Survey(len(arrived), times, places, frozenset(), lost, len(errors), len(arrived))
