@@ -74,7 +74,10 @@ def make_seeds(folder: Path, count: int = 26) -> None:
     """Write short clips of all recipes, and one long enough for its index to be used instead of a scan."""
     for recipe in RECIPES.values():
         encode(replace(recipe, count=count, container={**recipe.container, **EXACT}), folder)
-    with av.open(str(folder / "b-frames.mp4")) as given, av.open(str(folder / LONG), "w", container_options=EXACT) as out:
+    with (
+        av.open(str(folder / "b-frames.mp4")) as given,
+        av.open(str(folder / LONG), "w", container_options=EXACT) as out,
+    ):
         stream = given.streams.video[0]
         copy = out.add_stream_from_template(stream)
         packets = [(bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in given.demux(stream) if p.size]
@@ -106,9 +109,12 @@ def read(source: object, request: dict[str, object], threads: int) -> Result:
         try:
             video = load_video(source, threads=threads, **request)  # type: ignore[arg-type]
         except VideoError as error:
-            assert "\n" not in str(error), f"a message of several lines: {error}"
-            assert str(error)
-            return error
+            refusal = error
+        else:
+            refusal = None
+    if refusal is not None:
+        assert len(str(refusal).splitlines()) == 1, f"not a message of one line: {refusal}"
+        return refusal
     assert [warning.category for warning in caught] == [VideoWarning] * (video.lost > 0), [str(w) for w in caught]
     count = len(video)
     assert video.frames.shape[:2] == (count, 3)
@@ -157,22 +163,24 @@ def in_parts(source: object, request: dict[str, object]) -> str:
     return "" if np.array_equal(frames, whole.frames.numpy()) else f"the parts have other frames; {whole}"
 
 
-def examine(data: bytes, path: Path, sound: Path, rng: np.random.Generator) -> tuple[str, str]:
-    """All checks of one file; outcome and detail."""
+def examine(data: bytes, path: Path, sound: Path, rng: np.random.Generator) -> tuple[str, str, int]:
+    """All checks of one file; outcome, detail, and how many bytes of frames it has asked for and got."""
     path.write_bytes(data)
     request = REQUESTS[rng.integers(len(REQUESTS))]
     first, second = read(path, request, 1), read(path, request, 3)
+    # Both, and what is being made.
+    got = 0 if isinstance(first, VideoError) else 3 * first.frames.nbytes
     if difference := same(first, second):
-        return "unequal", f"{request} with 1 and 3 threads: {difference}"
+        return "unequal", f"{request} with 1 and 3 threads: {difference}", got
     choice = rng.integers(3)
     if choice == 0 and (difference := in_parts(path, request)):
-        return "unequal", f"{request} at once and in parts: {difference}"
+        return "unequal", f"{request} at once and in parts: {difference}", got
     if choice == 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VideoWarning)
             one, other = load_videos([path, sound], threads=2, **request)  # type: ignore[arg-type]
         if difference := same(first, one):
-            return "unequal", f"{request} alone and among others: {difference}"
+            return "unequal", f"{request} alone and among others: {difference}", got
         assert isinstance(other, Video) or request.get("frames") == 40 or "seconds" in request, other
     if choice == 2:
         for ask in (scan, lambda *opened: look_up(*opened, lambda total: np.array([0, total // 2, total - 1]))):
@@ -182,8 +190,8 @@ def examine(data: bytes, path: Path, sound: Path, rng: np.random.Generator) -> t
             except VideoError:
                 assert isinstance(first, VideoError) or isinstance(read(data, {}, 1), Video)
     if isinstance(first, VideoError):
-        return ("memory" if "Cannot allocate memory" in str(first) else "refused"), str(first)
-    return ("lost" if first.lost else "sound"), ""
+        return "refused", str(first), got
+    return ("lost" if first.lost else "sound"), "", got
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -199,10 +207,10 @@ def work(arguments: argparse.Namespace) -> None:
         path = folder / f"case.{what.partition(':')[0].rpartition('.')[2]}"
         before = _peak(reset=True)
         try:
-            outcome, detail = examine(data, path, seeds / "b-frames.mkv", rng)
+            outcome, detail, got = examine(data, path, seeds / "b-frames.mkv", rng)
         except Exception:
-            outcome, detail = "error", traceback.format_exc()
-        grown = _peak() - before
+            outcome, detail, got = "error", traceback.format_exc(), 0
+        grown = _peak() - before - got
         if grown > room:
             outcome, detail = "memory", f"{grown / 2**30:.2f} GiB"
         print(json.dumps([number, what, outcome, detail]), flush=True)
@@ -222,7 +230,7 @@ class Worker:
     def __init__(self, seeds: Path, folder: Path, seed: int, first: int, count: int, memory: int) -> None:
         command = [sys.executable, "-X", "faulthandler", __file__, "--work", str(seeds), "--folder", str(folder)]
         command += [f"--seed={seed}", f"--first={first}", f"--count={count}", f"--memory={memory}"]
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         root = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._errors, text=True, env={**os.environ, "PYTHONPATH": root}
@@ -267,7 +275,8 @@ def fuzz(seeds: Path, folder: Path, seed: int, first: int, count: int, seconds: 
                 if line[2] == "start":
                     current, wait = line, patience
                     continue
-                verdicts.append(Verdict(line[0], line[1], "slow" if again and line[2] in ("sound", "lost", "refused") else line[2], line[3]))
+                passed = line[2] in ("sound", "lost", "refused")
+                verdicts.append(Verdict(line[0], line[1], "slow" if again and passed else line[2], line[3]))
                 first, current, wait = line[0] + 1, [line[0] + 1, "?"], 120.0
             failure = "crash"
         except queue.Empty:

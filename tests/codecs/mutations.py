@@ -39,9 +39,10 @@ _BOXES = frozenset(b"moov trak mdia minf stbl edts dinf moof traf mvex udta".spl
 # How much of a body comes before the first box in it.
 _HEADS = {b"stsd": 8, b"avc1": 78, b"hev1": 78, b"hvc1": 78, b"mp4v": 78}
 _MASTERS = frozenset(
-    bytes.fromhex(name)
-    for name in "1a45dfa3 18538067 114d9b74 1549a966 1654ae6b ae e0 1f43b675 a0 1c53bb6b bb b7 1254c367".split()
-)
+    number.to_bytes((number.bit_length() + 7) // 8, "big")
+    for number in (0x1A45DFA3, 0x18538067, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675, 0xA0, 0x1C53BB6B,
+                   0xBB, 0xB7, 0x1254C367)
+)  # fmt: skip
 
 
 def elements(data: bytes) -> list[Element]:
@@ -160,7 +161,9 @@ def noise(data: bytes, rng: Rng) -> bytes:
 def absurd_number(data: bytes, rng: Rng) -> bytes:
     """In the first or the last kilobyte, where headers and indexes are."""
     place = int(rng.integers(min(1024, len(data))))
-    return _write(data, place if rng.integers(2) else len(data) - 1 - place, _number(rng, int(rng.choice([1, 2, 4, 8]))))
+    return _write(
+        data, place if rng.integers(2) else len(data) - 1 - place, _number(rng, int(rng.choice([1, 2, 4, 8])))
+    )
 
 
 def _some_element(data: bytes, rng: Rng) -> Element | None:
