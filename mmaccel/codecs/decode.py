@@ -133,8 +133,9 @@ def survey(source: Source, table: PacketTable) -> Survey:
     clean = [place for place, (_, ok) in enumerate(arrived) if ok]
     if table.exact:
         known = [place for place, (pts, _) in enumerate(arrived) if pts in table.slot_at]
-        # The decoder's order is that of presentation even where FFmpeg has guessed the times (H.264 in AVI).
-        slots = sorted(table.slot_at[pts] for place in known if (pts := arrived[place][0]) is not None)
+        slots = [table.slot_at[pts] for place in known if (pts := arrived[place][0]) is not None]
+        if table.guessed:
+            slots.sort()  # the decoder's order is that of presentation, FFmpeg's times are not
         number = {slot: place for slot, place in zip(slots, known, strict=True) if arrived[place][1]}
         held = _held(table, number, set() if errors else interlaced)
         lost = len(table.pts) - len(number) - len(held)

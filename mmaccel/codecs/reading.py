@@ -11,7 +11,14 @@ import numpy as np
 
 from mmaccel.codecs.canvas import Canvas, GeometryChangedError
 from mmaccel.codecs.decode import decode_in_order, decode_slots, survey
-from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, InterlacedError, groups_for
+from mmaccel.codecs.groups import (
+    THREADS_HIDE_LOSS,
+    FrameMismatchError,
+    Group,
+    GroupReader,
+    InterlacedError,
+    groups_for,
+)
 from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Interpolation, Painter
@@ -139,9 +146,10 @@ class Reading:
         """Read what the packets say, plan, and work."""
         with self.source.open() as (container, stream):
             self._plan(container, stream)
-            if self._groups:
+            if self._table is not None and self._groups:
                 # Cores that no group is left for help inside of the groups.
-                self._each = max(1, hands // len(self._groups)) if all(g.steady for g in self._groups) else 1
+                if self._table.codec not in THREADS_HIDE_LOSS and all(group.steady for group in self._groups):
+                    self._each = max(1, hands // len(self._groups))
                 shared()
                 self._draw_groups(container, stream)
 
