@@ -28,6 +28,8 @@ VideoSource = str | os.PathLike[str] | bytes | BinaryIO
 
 # FFmpeg would reserve what a damaged header claims, and for video several times. Pictures may be photographs.
 _MOST_PIXELS, _MOST_PIXELS_STILL = 1 << 27, 1 << 28
+# Decoders that hand out what they have found in memory where a picture is damaged, unless an error is asked for.
+_SILENT = frozenset({"ffv1", "mjpeg"})
 
 
 class Source:
@@ -109,7 +111,8 @@ class Source:
                 stream = self._video_stream(container)
                 still = container.format.name == "image2" or container.format.name.endswith("_pipe")
                 most = _MOST_PIXELS_STILL if still else _MOST_PIXELS
-                stream.codec_context.options = {"max_pixels": str(most)}
+                strict = {"err_detect": "explode"} if stream.codec_context.codec.canonical_name in _SILENT else {}
+                stream.codec_context.options = {"max_pixels": str(most), **strict}
                 stream.codec_context.thread_count = threads
                 stream.thread_type = "AUTO"  # type: ignore[assignment]
                 try:
