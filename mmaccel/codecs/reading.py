@@ -291,7 +291,8 @@ class Reading:
         shown = found.nearest(numbers)
         canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), steady=False)
         decoded = found.decoded + decode_in_order(source, canvas, painter)
-        clock = Clock.of(table, found.total, None if found.times is None else _ends(found.times))
+        ends = None if found.times is None else table.ends if table.exact else _ends(found.times)
+        clock = Clock.of(table, found.total, ends)
         return Outcome(
             canvas=canvas,
             numbers=numbers,
