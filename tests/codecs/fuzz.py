@@ -40,6 +40,9 @@ __all__ = ["Verdict", "fuzz", "make_seeds"]
 
 EXACT = {"fflags": "+bitexact"}
 LONG = "long.mp4"
+# What FFmpeg's decoders of these make of damage that they do not report differs from one call to the next, with one
+# thread as with several.
+UNSTABLE = ("lossless.mkv", "vp8.webm", "mjpeg.avi")
 REQUESTS: tuple[dict[str, object], ...] = (
     {},
     {"frames": 5, "on_short": "repeat"},
@@ -137,11 +140,11 @@ def read(source: object, request: dict[str, object], threads: int) -> Result:
     return video
 
 
-def same(a: Result, b: Result) -> str:
+def same(a: Result, b: Result, pixels: bool = True) -> str:
     """What two results differ in; "" if in nothing."""
     if isinstance(a, VideoError) or isinstance(b, VideoError):
         return "" if str(a) == str(b) else f"{a} / {b}"
-    if not np.array_equal(a.frames.numpy(), b.frames.numpy()):
+    if a.frames.shape != b.frames.shape or (pixels and not np.array_equal(a.frames.numpy(), b.frames.numpy())):
         rows = [row for row in range(min(len(a), len(b))) if not np.array_equal(a.frames[row], b.frames[row])]
         return f"rows {rows} of the frames; {a.work} / {b.work}; {a} / {b}"
     fields = ("total", "fps", "duration", "rotation", "height", "width", "lost", "replaced")
@@ -150,7 +153,7 @@ def same(a: Result, b: Result) -> str:
     return "; ".join(f"{name} {getattr(a, name)} / {getattr(b, name)}" for name in differing)
 
 
-def in_parts(source: object, request: dict[str, object]) -> str:
+def in_parts(source: object, request: dict[str, object], pixels: bool) -> str:
     """Compare `iter_video` with `load_video`; "" if they agree."""
     whole = read(source, request, 1)
     try:
@@ -162,26 +165,29 @@ def in_parts(source: object, request: dict[str, object]) -> str:
     if isinstance(whole, VideoError):
         return f"{whole} / {len(parts)} parts"
     frames = np.concatenate([part.frames.numpy() for part in parts])
-    return "" if np.array_equal(frames, whole.frames.numpy()) else f"the parts have other frames; {whole}"
+    equal = frames.shape == whole.frames.shape and (not pixels or np.array_equal(frames, whole.frames.numpy()))
+    return "" if equal else f"the parts have other frames; {whole}"
 
 
-def examine(data: bytes, path: Path, sound: Path, rng: np.random.Generator) -> tuple[str, str, int]:
+def examine(data: bytes, path: Path, sound: Path, rng: np.random.Generator, pixels: bool) -> tuple[str, str, int]:
     """All checks of one file; outcome, detail, and how many bytes of frames it has asked for and got."""
     path.write_bytes(data)
     request = REQUESTS[rng.integers(len(REQUESTS))]
     first, second = read(path, request, 1), read(path, request, 3)
     # Both, and what is being made.
     got = 0 if isinstance(first, VideoError) else 3 * first.frames.nbytes
-    if difference := same(first, second):
+    if any(isinstance(result, VideoError) and "of memory" in str(result) for result in (first, second)):
+        return "refused", "more frames than memory is left here", got
+    if difference := same(first, second, pixels):
         return "unequal", f"{request} with 1 and 3 threads: {difference}", got
     choice = rng.integers(3)
-    if choice == 0 and (difference := in_parts(path, request)):
+    if choice == 0 and (difference := in_parts(path, request, pixels)):
         return "unequal", f"{request} at once and in parts: {difference}", got
     if choice == 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VideoWarning)
             one, other = load_videos([path, sound], threads=2, **request)  # type: ignore[arg-type]
-        if difference := same(first, one):
+        if difference := same(first, one, pixels):
             return "unequal", f"{request} alone and among others: {difference}", got
         assert isinstance(other, Video) or request.get("frames") == 40 or "seconds" in request, other
     if choice == 2:
@@ -209,7 +215,8 @@ def work(arguments: argparse.Namespace) -> None:
         path = folder / f"case.{what.partition(':')[0].rpartition('.')[2]}"
         before = _peak(reset=True)
         try:
-            outcome, detail, got = examine(data, path, seeds / "b-frames.mkv", rng)
+            pixels = what.partition(":")[0] not in UNSTABLE
+            outcome, detail, got = examine(data, path, seeds / "b-frames.mkv", rng, pixels)
         except Exception:
             outcome, detail, got = "error", traceback.format_exc(), 0
         grown = _peak() - before - got
