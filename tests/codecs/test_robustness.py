@@ -150,5 +150,5 @@ def test_many_cycles_leak_nothing(clip: Clip, tmp_path: Path, kind: str) -> None
     gc.collect()
     assert descriptors() <= open_before
     assert decoders() == []
-    # A frame of these clips is 24 KiB; a decoder is more.
-    assert resident() - before < (4 << 20) + 4096 * CYCLES
+    # What the allocator keeps varies by some megabytes; a decoder in each cycle would be ten times as much.
+    assert resident() - before < (16 << 20) + 1024 * CYCLES
