@@ -96,10 +96,10 @@ def decode_slots(source: Source, table: PacketTable, canvas: Canvas, painter: Pa
 class Survey:
     """What a video yields when all of it is decoded in order.
 
-    total: how many frames it has, lost ones included. times: int64 [total], their pts in ticks, None where frames carry
-    none. number: for each frame that decodes, its place among the decoder's outputs. held: frames without a picture of
-    their own by design, which show the one before. lost: frames that do not decode. unplaced: how many of those have no
-    number. decoded: the decoder's outputs.
+    total: how many frames it has, lost ones included. times: int64 [total], their pts in ticks, ascending, None where
+    frames carry none or come in another order. number: for each frame that decodes, its place among the decoder's
+    outputs. held: frames without a picture of their own by design, which show the one before. lost: frames that do not
+    decode. unplaced: how many of those have no number. decoded: the decoder's outputs.
     """
 
     total: int
@@ -133,15 +133,17 @@ def survey(source: Source, table: PacketTable) -> Survey:
     clean = [place for place, (_, ok) in enumerate(arrived) if ok]
     if table.exact:
         known = [place for place, (pts, _) in enumerate(arrived) if pts in table.slot_at]
-        # The decoder's order is that of presentation even where FFmpeg has guessed the times (H.264 in AVI).
-        slots = sorted(table.slot_at[pts] for place in known if (pts := arrived[place][0]) is not None)
+        slots = [table.slot_at[pts] for place in known if (pts := arrived[place][0]) is not None]
+        if table.guessed:
+            slots.sort()  # the decoder's order is that of presentation, FFmpeg's times are not
         number = {slot: place for slot, place in zip(slots, known, strict=True) if arrived[place][1]}
         held = _held(table, number, set() if errors else interlaced)
         lost = len(table.pts) - len(number) - len(held)
         found = Survey(len(table.pts), table.pts, number, held, lost, 0, len(arrived))
     else:
-        stated = [pts for pts, _ in arrived if pts is not None]
-        times = np.array(stated, dtype=np.int64) if len(stated) == len(arrived) else None
+        stated = np.array([pts for pts, _ in arrived if pts is not None], dtype=np.int64)
+        # Joined streams start anew; what runs backwards says nothing about when a frame is shown.
+        times = stated if len(stated) == len(arrived) and (np.diff(stated) >= 0).all() else None
         lost = len(errors) + len(arrived) - len(clean)
         places = {place: place for place in clean}
         found = Survey(len(arrived), times, places, frozenset(), lost, len(errors), len(arrived))

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 
     from mmaccel.codecs.packets import PacketTable
 
-__all__ = ["INVENTS", "REPORT_LOSS", "FrameMismatchError", "Group", "GroupReader", "InterlacedError", "groups_for"]
+__all__ = [
+    "INVENTS",
+    "REPORT_LOSS",
+    "THREADS_HIDE_LOSS",
+    "FrameMismatchError",
+    "Group",
+    "GroupReader",
+    "InterlacedError",
+    "groups_for",
+]
 
 # Decoders that report every picture that a lost piece of its packet has spoiled.
 REPORT_LOSS = frozenset({"h264", "hevc"})
@@ -35,6 +44,8 @@ REPORT_LOSS = frozenset({"h264", "hevc"})
 INVENTS = frozenset(
     {"flv1", "h263", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2"}
 )
+# Decoders whose threads patch up damage without a word.
+THREADS_HIDE_LOSS = frozenset({"mpeg1video", "mpeg2video"})
 # Film shown as video repeats every other frame half as long again.
 _HOLE = 1.75
 # As many packets are read and thrown away rather than sought over.

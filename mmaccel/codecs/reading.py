@@ -15,7 +15,7 @@ from mmaccel.codecs.backends.rgb import open_rgb
 from mmaccel.codecs.canvas import Canvas, GeometryChangedError
 from mmaccel.codecs.decode import decode_in_order, decode_slots, survey
 from mmaccel.codecs.drawing import SoftwareHand
-from mmaccel.codecs.groups import FrameMismatchError, Group, GroupReader, groups_for
+from mmaccel.codecs.groups import THREADS_HIDE_LOSS, FrameMismatchError, Group, GroupReader, groups_for
 from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Interpolation, Painter
@@ -151,17 +151,17 @@ class Reading:
         self._table: PacketTable | None = None
         self.numbers = np.empty(0, dtype=np.int64)
         self.seconds = np.empty(0)
-        self.canvas = Canvas(self.numbers)
+        self.canvas = self._drawing = Canvas(self.numbers)
 
     def lead(self, hands: int, shared: Callable[[], None]) -> None:
         """Read what the packets say, plan, and work."""
         with self.source.open() as (container, stream):
             self._plan(container, stream)
-            if self._groups:
+            if self._table is not None and self._groups:
                 # Cores that no group is left for help inside of the groups.
                 if self._alone:
                     self._each = hands
-                elif self.options.backend not in HARDWARE:
+                elif self.options.backend not in HARDWARE and self._sound(self._table):
                     self._each = max(1, hands // len(self._groups))
                 shared()
                 self._draw_groups(container, stream)
@@ -173,23 +173,38 @@ class Reading:
 
     def spare(self) -> bool:
         """Whether enough is left for one more thread."""
-        return self._left > _WORTH_OPENING and not self._stop and not self.source.remote and not self._alone
+        return self._left > _WORTH_OPENING and not self._over and not self.source.remote and not self._alone
 
     @property
     def _alone(self) -> bool:
         """Whether the backend shares out the work itself."""
         return self.options.backend in RGB
 
+    def _sound(self, table: PacketTable) -> bool:
+        """Whether FFmpeg's threads may be used: they tell of damage late, or not at all."""
+        return table.codec not in THREADS_HIDE_LOSS and all(group.steady for group in self._groups)
+
     def abandon(self) -> None:
         """Let all threads stop after the frame that they are at."""
         self._stop = True
+
+    @property
+    def _place(self) -> torch.device | None:
+        """Where the canvas lies; None for the CPU."""
+        return self.options.devices[0] if self.options.devices else None
+
+    @property
+    def _over(self) -> bool:
+        return self._stop or self._misled is not None
 
     def finish(self) -> Outcome:
         """Assemble the outcome; where decoding by groups has failed, get the frames in another way."""
         table = self._table
         assert table is not None
+        if self._misled is not None and self._each > 1 and self.options.backend == "pyav":
+            self._once_more(table)
         if table.exact and not table.guessed and self._misled is None:
-            return self._outcome(table, self.numbers, self.canvas, self._work)
+            return self._outcome(table, self.numbers, self._drawing, self._work)
         return self._otherwise(table)
 
     def _plan(self, container: InputContainer, stream: VideoStream) -> None:
@@ -203,15 +218,22 @@ class Reading:
             if self.options.backend != "pyav":
                 raise unsuitable(self.options.backend, "the packets of this video do not number its frames")
             return
-        self.numbers = self._numbers(table, table.total, table.pts)
-        if self.options.snap:
-            self.numbers = np.array([table.nearest_key(slot) for slot in self.numbers.tolist()])
+        self.numbers = self._snapped(table, self._numbers(table, table.total, table.pts))
         self.seconds = _seconds(table, self.numbers)
-        self.canvas = Canvas(self.numbers, device=self.options.devices[0] if self.options.devices else None)
+        self.canvas = self._drawing = Canvas(self.numbers, device=self._place)
         groups = groups_for(table, self.numbers)
         self._left = sum(group.cost for group in groups)
         self._work = replace(self._work, groups=len(groups), approximate=self.options.snap)
         self._groups.extend(groups if self._in_time or self._alone else sorted(groups, key=lambda group: -group.cost))
+
+    def _once_more(self, table: PacketTable) -> None:
+        """Decode the groups again, without FFmpeg's threads: what is lost shall not depend on them."""
+        self._each, self._misled, self._drawn = 1, None, None
+        # What has been given in parts stays as it is.
+        self._drawing = Canvas(self.numbers)
+        self._groups = deque(groups_for(table, self.numbers))
+        with self.source.open() as (container, stream):
+            self._draw_groups(container, stream)
 
     def _numbers(self, table: PacketTable, total: int, times: np.ndarray | None) -> np.ndarray:
         """The frame for each row, of `total` frames at `times` ticks."""
@@ -241,17 +263,26 @@ class Reading:
                 return painter.shape(frame.height, frame.width, painter.layout(frame))[0]
         raise VideoError(f"no frame of {self.source.name} can be decoded; is it complete, and undamaged?")
 
+    def _snapped(self, table: PacketTable, numbers: np.ndarray) -> np.ndarray:
+        """The keyframes nearest to the wanted frames if those are wanted instead, and the packets tell of them."""
+        if not self.options.snap or not table.exact:
+            return numbers
+        return np.array([table.nearest_key(slot) for slot in numbers.tolist()])
+
     def _draw_groups(self, container: InputContainer, stream: VideoStream) -> None:
-        stream.codec_context.thread_count = self._each if self.options.backend == "pyav" else 1
+        threads = self._each if self.options.backend == "pyav" else 1
+        stream.codec_context.thread_count = threads
+        if threads > 1:
+            # FFmpeg's threads hand a picture out before they know of damage in it: only an error tells.
+            stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}
         hand = self._hand(container, stream)
         try:
             while (group := self._take()) is not None:
-                hand.draw(group, self.canvas, lambda: self._stop)
-                if self._drawn and not self._stop:
+                hand.draw(group, self._drawing, lambda: self._over)
+                if self._drawn and not self._over:
                     self._drawn(group)
         except (FrameMismatchError, GeometryChangedError) as error:
             self._misled = error
-            self._stop = True
         finally:
             hand.close()
             with self._lock:
@@ -281,7 +312,7 @@ class Reading:
 
     def _take(self) -> Group | None:
         with self._lock:
-            if self._stop or not self._groups:
+            if self._over or not self._groups:
                 return None
             group = self._groups.popleft()
             self._left -= group.cost
@@ -294,9 +325,13 @@ class Reading:
             with source.open() as (container, stream):
                 table = scan(container, stream)
         painter = Painter(options.size, options.interpolation, table.exif)
-        work = Work(way="sequential", note=options.note, groups=self._work.groups, opened=self._work.opened + 1)
+        approximate = self.options.snap and table.exact
+        work = Work(
+            way="sequential", note=options.note, groups=self._work.groups, opened=self._work.opened + 1,
+            approximate=approximate,
+        )  # fmt: skip
         if table.exact:
-            numbers = self._numbers(table, table.total, table.pts)
+            numbers = self._snapped(table, self._numbers(table, table.total, table.pts))
             canvas = Canvas(numbers, steady=False)
             try:
                 decoded = decode_slots(source, table, canvas, painter, max(1, self._each))
@@ -304,11 +339,12 @@ class Reading:
             except FrameMismatchError:
                 work = replace(work, opened=work.opened + 1)
         found = survey(source, table)
-        numbers = self._numbers(table, found.total, found.times)
+        numbers = self._snapped(table, self._numbers(table, found.total, found.times))
         shown = found.nearest(numbers)
         canvas = Canvas(np.array([found.number[slot] for slot in shown.tolist()]), steady=False)
         decoded = found.decoded + decode_in_order(source, canvas, painter)
-        clock = Clock.of(table, found.total, None if found.times is None else _ends(found.times))
+        ends = None if found.times is None else table.ends if table.exact else _ends(found.times)
+        clock = Clock.of(table, found.total, ends)
         return Outcome(
             canvas=canvas,
             numbers=numbers,

@@ -26,8 +26,10 @@ __all__ = ["Source", "VideoSource"]
 
 VideoSource = str | os.PathLike[str] | bytes | BinaryIO
 
-# FFmpeg would reserve what a damaged header claims.
-_MOST_PIXELS = 1 << 28
+# FFmpeg would reserve what a damaged header claims, and for video several times. Pictures may be photographs.
+_MOST_PIXELS, _MOST_PIXELS_STILL = 1 << 27, 1 << 28
+# Decoders that hand out what they have found in memory where a picture is damaged, unless an error is asked for.
+_SILENT = frozenset({"ffv1", "mjpeg"})
 
 
 class Source:
@@ -117,10 +119,18 @@ class Source:
             options = {"pattern_type": "none"}
             with av.open(target, "r", metadata_errors="replace", timeout=timeout, options=options) as container:
                 stream = self._video_stream(container)
-                stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
+                still = container.format.name == "image2" or container.format.name.endswith("_pipe")
+                most = _MOST_PIXELS_STILL if still else _MOST_PIXELS
+                strict = {"err_detect": "explode"} if stream.codec_context.codec.canonical_name in _SILENT else {}
+                stream.codec_context.options = {"max_pixels": str(most), **strict}
                 stream.codec_context.thread_count = threads
                 stream.thread_type = "AUTO"  # type: ignore[assignment]
-                yield container, stream
+                try:
+                    yield container, stream
+                finally:
+                    # Freeing the decoder waits for FFmpeg's threads with Python's lock held. They may wait for that
+                    # lock themselves, to write a log: so let them come to rest before.
+                    stream.codec_context.flush_buffers()
         except (FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise VideoError(
