@@ -44,8 +44,8 @@ REPORT_LOSS = frozenset({"h264", "hevc"})
 INVENTS = frozenset(
     {"flv1", "h263", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2"}
 )
-# Decoders whose threads patch up damage without a word.
-THREADS_HIDE_LOSS = frozenset({"mpeg1video", "mpeg2video"})
+# Decoders whose threads patch up damage without a word: the same ones.
+THREADS_HIDE_LOSS = INVENTS
 # Film shown as video repeats every other frame half as long again.
 _HOLE = 1.75
 # As many packets are read and thrown away rather than sought over.

@@ -28,8 +28,8 @@ VideoSource = str | os.PathLike[str] | bytes | BinaryIO
 
 # FFmpeg would reserve what a damaged header claims, and for video several times. Pictures may be photographs.
 _MOST_PIXELS, _MOST_PIXELS_STILL = 1 << 27, 1 << 28
-# Decoders that hand out what they have found in memory where a picture is damaged, unless an error is asked for.
-_SILENT = frozenset({"ffv1", "mjpeg"})
+# Decoders that hand out what they have found in memory where a picture is cut off, unless an error is asked for.
+_SILENT = frozenset({"mjpeg"})
 
 
 class Source:

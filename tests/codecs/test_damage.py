@@ -249,3 +249,20 @@ def test_a_frame_behind_the_cut_is_named_as_such(clip: Clip) -> None:
     data = clip("b-frames.mp4").read_bytes()
     with pytest.raises(Exception, match=r"frame 50 is outside .*ends early: \d+ more are announced"):
         load_video(data[: int(len(data) * 0.6)], indices=[50])
+
+
+def test_half_a_jpeg_picture_is_lost(clip: Clip, tmp_path: Path) -> None:
+    """FFmpeg would show what happens to be in memory below, and not say so."""
+    path = tmp_path / "half.mkv"
+    with av.open(str(clip("mjpeg.avi"))) as given, av.open(str(path), "w") as copy:
+        out = copy.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(p for p in given.demux(video=0) if p.size):
+            if number == 7:
+                half = av.Packet(bytes(packet)[: packet.size // 2])
+                half.pts, half.dts, half.time_base = packet.pts, packet.dts, packet.time_base
+                packet = half
+            packet.stream = out
+            copy.mux(packet)
+    with pytest.warns(VideoWarning, match="1 of 60 frames are lost"):
+        video = load_video(path, 60)
+    assert [number_in(image) for image in video.numpy()] == [*range(7), 6, *range(8, 60)]
