@@ -321,6 +321,58 @@ def codec_pool(rows: list[Row], _everything: bool) -> str:
     return "\n".join(parts)
 
 
+def codec_signals(rows: list[Row], _everything: bool) -> str:
+    """What signals of the codec are worth: accuracy at equal budgets, ranks against features, and their cost."""
+    kinds: dict[str, list[Row]] = {"quality": [], "correlation": [], "cost": []}
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    lines = []
+    for row in sorted(kinds["quality"], key=lambda row: -_keep(row["spec"])):
+        over = [row["over"].get(rival) for rival in ("random", "evs", "fewer-frames")]
+        lines.append(
+            [
+                f"`{row['spec']}`{_mark(row['spec'])}",
+                {"none": "", "codec": "codec", "pixels": "pixels"}[row["signals"]],
+                f"{_percent(row['accuracy']['value'])} {_interval(row['accuracy'])}",
+                *("" if rival is None else _points(rival) for rival in over),
+            ]
+        )
+    one = kinds["quality"][0]
+    caption = (
+        f"**Embedded model.** {one['options']['clips']:,} held-out clips written as H.264, 8 of 32 frames; signals: "
+        "what the method is given; over: points, at the same keep, 95 % intervals draw clips. * baseline. "
+        f"{_machine(one)}"
+    )
+    heads = ["setting", "signals", "accuracy", "over random", "over evs by features", "over fewer-frames"]
+    parts = [_markdown(heads, lines, caption)]
+    names = ("change, features", "pixels, features", "change, pixels")
+    lines = [
+        [f"{row['clips']}, {row['n']} clip{'s' * (row['n'] != 1)}"]
+        + ["" if row[name] is None else f"{row[name]['value']:.2f}" for name in names]
+        for row in kinds["correlation"]
+    ]
+    caption = (
+        "**Rank correlation** (Spearman, cells of frames after the first) of the change that the codec states, of the "
+        "change of raw pixels, and of the cosine change of the embedded model's features."
+    )
+    parts.append(_markdown(["clips", "codec, features", "pixels, features", "codec, pixels"], lines, caption))
+    lines = [
+        [
+            row["clips"],
+            _seconds(row["decode_seconds"]),
+            f"{100 * (row['export_over_decode'] - 1):+.0f} %",
+            f"{100 * (row['signals_over_decode'] - 1):+.0f} %",
+        ]
+        for row in kinds["cost"]
+    ]
+    caption = (
+        f"**Cost** on one thread, median of {one['options']['repeats']}: decoding every frame without conversion; with "
+        "the vectors handed out; and all of `codec_signals`, its decoding included."
+    )
+    parts.append(_markdown(["clip", "decode", "with vectors", "signals"], lines, caption))
+    return "\n".join(parts)
+
+
 def _speed_caption(run: list[Row]) -> str:
     """What is true of all rows of a run, and of none that it is not said of."""
     one = run[0]
@@ -358,6 +410,7 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "codecs/long": codecs,
     "codecs/many": codecs,
     "codecs/pool": codec_pool,
+    "codecs/signals": codec_signals,
 }
 SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
 
