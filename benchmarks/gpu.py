@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from mmaccel.codecs.backends import BACKENDS, probe
+from mmaccel.codecs.backends import probe
 from mmaccel.codecs.backends.cuda import CudaDecoder
 from mmaccel.codecs.backends.pynvvideocodec import NvDecoder
 from mmaccel.measure import append_rows, environment
@@ -106,7 +106,7 @@ def decode(folder: Path, quick: bool) -> int:
     for name, codec in list(_CLIPS.items())[: 1 if quick else None]:
         path = folder / name
         write_clip(path, codec, (1080, 1920), 60 if quick else 300)
-        for backend in BACKENDS:
+        for backend in _DECODERS:
             reason = probe(backend)
             row = {"benchmark": "gpu/decode", "clip": name, "backend": backend, "missing": reason}
             if reason is None:

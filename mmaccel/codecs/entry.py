@@ -46,7 +46,10 @@ def read_entry(path: Path, device: Any = None) -> Any:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
+        # Removed by another process between two looks at it: safetensors has more than one word for that.
+        if not path.exists():
+            raise FileNotFoundError(path) from error
         raise DamagedEntryError(f"{path} cannot be read ({error})") from error
     if head.get("sum") != _checksum(head.get("facts", ""), tensors):
         raise DamagedEntryError(f"{path} does not agree with its checksum")
