@@ -8,7 +8,7 @@ ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +76,10 @@ class Group:
     until: int
     cost: int
     steady: bool
+
+    def opening(self) -> Group:
+        """The keyframe of the group alone."""
+        return replace(self, slots=(self.key,), until=self.key_rank, cost=1, steady=True)
 
 
 def groups_for(table: PacketTable, slots: np.ndarray) -> list[Group]:
@@ -147,14 +151,13 @@ class GroupReader:
         self._stream.codec_context.flush_buffers()
         missing, awaited, last, delivered = set(wanted), set[int](), start - 1, 0
         skip = self._skip and group.steady
-        disposable = self._disposable if skip else None
         for packet in self._needed(group, missing, awaited):
             for frame in self._decode(packet):
                 if frame.pts is not None and frame.pts < start:
                     continue  # stored behind the keyframe but shown before it: it cannot be decoded from here
                 if frame.pts is None or frame.pts not in awaited or frame.pts <= last or not self._sound(frame):
                     raise FrameMismatchError
-                if disposable and frame.interlaced_frame:
+                if skip and self._disposable and frame.interlaced_frame:
                     raise InterlacedError
                 # In playing, nothing may be left out between two frames.
                 if not skip and table.slot_at[frame.pts] != group.key + delivered:

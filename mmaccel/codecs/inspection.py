@@ -16,7 +16,7 @@ from mmaccel.codecs.index import look_up
 from mmaccel.codecs.packets import PacketTable, scan
 from mmaccel.codecs.picture import Painter
 from mmaccel.codecs.plan import DecodePlan, GroupStructure, plan_for, structure_of
-from mmaccel.codecs.reader import thread_count
+from mmaccel.codecs.pool import thread_count
 from mmaccel.codecs.reading import Clock
 from mmaccel.codecs.sampling import OnShort, Request, Size, target_size
 from mmaccel.codecs.source import Source, VideoSource

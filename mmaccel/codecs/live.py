@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 import warnings
@@ -18,6 +17,7 @@ from mmaccel.codecs.feed import Feed, LiveSource
 from mmaccel.codecs.live_buffer import Drop, LiveBuffer, Waiting
 from mmaccel.codecs.live_reader import LiveReader
 from mmaccel.codecs.picture import Interpolation, Painter
+from mmaccel.codecs.pool import thread_count
 from mmaccel.codecs.sampling import Size, target_size, whole_number
 from mmaccel.codecs.video import VideoWarning
 from mmaccel.errors import VideoError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Drop", "LiveFrame", "LiveStats", "LiveStream", "open_stream"]
 
-_MOST_THREADS = 256
+_USUAL_THREADS = 8
 _FINEST_RATE = 1_000_000
 
 
@@ -269,9 +269,7 @@ def open_stream(
     room, attempts = whole_number(buffer, "buffer"), whole_number(reconnect, "reconnect")
     if room < 1 or attempts < 0:
         raise VideoError("buffer must be at least 1, and reconnect at least 0")
-    workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
-    if not 1 <= workers <= _MOST_THREADS:
-        raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
+    workers = thread_count(threads, _USUAL_THREADS)
     rate = None if fps is None else Fraction(_positive(fps, "fps")).limit_denominator(_FINEST_RATE)
     if rate == 0:
         raise VideoError(f"fps must be at least {1 / _FINEST_RATE:g} frames a second, got {fps!r}")

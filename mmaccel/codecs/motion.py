@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +12,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from mmaccel.codecs.picture import layout_of, side_data
+from mmaccel.codecs.pool import thread_count
 from mmaccel.codecs.sampling import Request, whole_number
 from mmaccel.codecs.signals import CodecSignals, overlap
 from mmaccel.codecs.source import Source
@@ -69,9 +69,7 @@ def codec_signals(
     if fallback not in ("error", "packets"):
         raise VideoError(f'fallback must be "error" or "packets", not {fallback!r}')
     shape = None if grid is None else _grid(grid)
-    workers = min(os.cpu_count() or 1, 8) if threads is None else whole_number(threads, "threads")
-    if not 1 <= workers <= 256:
-        raise VideoError("threads must be at least 1 and at most 256")
+    workers = thread_count(threads, 8)
     source = Source(src)
     packets = _Packets.read(source)
     if not packets.vectors and fallback == "error":

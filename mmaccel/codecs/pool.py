@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from mmaccel.codecs.sampling import whole_number
+from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["Crew", "Task", "Ticket"]
+__all__ = ["Crew", "Task", "Ticket", "cores", "thread_count"]
+
+_MOST_THREADS = 256
+_GLANCE = 0.2  # seconds
 
 Result = TypeVar("Result", covariant=True)
 
@@ -99,7 +106,9 @@ class Crew(Generic[Result]):
     def result(self, ticket: Ticket[Result]) -> Result:
         """Wait for a task, and return what it finished with; raise its error if it has failed."""
         with self._change:
-            self._change.wait_for(lambda: ticket.done)
+            # A signal that comes just before the wait is only seen when it ends: so it is a short one.
+            while not ticket.done:
+                self._change.wait(_GLANCE)
         if ticket.error is not None:
             raise ticket.error
         return ticket.results[0]
@@ -173,3 +182,16 @@ class Crew(Generic[Result]):
             ticket.done = True
             self._change.notify_all()
         ticket.ended()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count(threads: int | None, usual: int = 16) -> int:
+    """Check a number of threads; None is one a core, and at most `usual`. Raises VideoError."""
+    count = min(cores(), usual) if threads is None else whole_number(threads, "threads")
+    if not 1 <= count <= _MOST_THREADS:
+        raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
+    return count

@@ -14,9 +14,9 @@ import torch
 from mmaccel.codecs.backends import HARDWARE, BackendError
 from mmaccel.codecs.backends.choice import Backend, Device, choose, places
 from mmaccel.codecs.picture import Interpolation
-from mmaccel.codecs.pool import Crew
+from mmaccel.codecs.pool import Crew, thread_count
 from mmaccel.codecs.reading import Options, Reading
-from mmaccel.codecs.sampling import Facts, OnShort, Request, Size, target_size, whole_number
+from mmaccel.codecs.sampling import Facts, OnShort, Request, Size, target_size
 from mmaccel.codecs.source import Source, VideoSource
 from mmaccel.codecs.video import Part, Video, video_of
 from mmaccel.errors import VideoError
@@ -37,13 +37,10 @@ __all__ = [
     "load_chosen",
     "load_video",
     "load_videos",
-    "thread_count",
 ]
 
 Normalize = tuple["float | Sequence[float]", "float | Sequence[float]"]
 
-_MOST_THREADS = 256
-_USUAL_THREADS = 16
 # Sessions of decoding on a GPU, which has one to seven engines and keeps each busy with more than one session.
 _USUAL_SESSIONS = 4
 
@@ -123,7 +120,7 @@ def load_video(
     request = Request.of(frames, fps, indices, seconds, on_short)
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
-    return _load(Source(src), request, options, finish, thread_count(threads, options))
+    return _load(Source(src), request, options, finish, _hands(threads, options))
 
 
 def load_chosen(src: VideoSource, choose: Callable[[Facts], Iterable[int]]) -> Video:
@@ -178,7 +175,7 @@ def iter_video(
     request = Request.of(frames, fps, indices, seconds, on_short)
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
-    return _parts(Source(src), request, options, finish, thread_count(threads, options))
+    return _parts(Source(src), request, options, finish, _hands(threads, options))
 
 
 def _parts(source: Source, request: Request, options: Options, finish: Finish, threads: int) -> Iterator[Part]:
@@ -239,7 +236,7 @@ def load_videos(
     options = _options(size, interpolation, snap, skip_nonref, backend, device)
     finish = Finish.of(normalize, device, backend)
     videos: list[Video | VideoError] = []
-    with Crew["Outcome"](thread_count(threads, options)) as crew:
+    with Crew["Outcome"](_hands(threads, options)) as crew:
         entries = deque(_entry(crew, src, request, options) for src in sources)
         while entries:
             entry = entries.popleft()
@@ -256,7 +253,9 @@ def load_videos(
     return videos
 
 
-def _entry(crew: Crew[Outcome], src: VideoSource, request: Request, options: Options):
+def _entry(
+    crew: Crew[Outcome], src: VideoSource, request: Request, options: Options
+) -> tuple[Reading, Ticket[Outcome]] | VideoError:
     try:
         reading = Reading(Source(src), request, options)
     except VideoError as error:
@@ -277,22 +276,11 @@ def _options(
     return Options(size, interpolation, bool(skip_nonref), snap is not None, chosen, devices, spare, note)
 
 
-def thread_count(threads: int | None, options: Options | None = None) -> int:
-    """Check `threads`; by default one a core, at most 16, or some sessions a GPU."""
-    if threads is not None:
-        count = whole_number(threads, "threads")
-    elif options is not None and options.backend in HARDWARE:
-        count = _USUAL_SESSIONS * len(options.devices)
-    else:
-        count = min(_cores(), _USUAL_THREADS)
-    if not 1 <= count <= _MOST_THREADS:
-        raise VideoError(f"threads must be at least 1 and at most {_MOST_THREADS}")
-    return count
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _hands(threads: int | None, options: Options) -> int:
+    """Check `threads`; by default one a core, or some sessions a GPU."""
+    if threads is None and options.backend in HARDWARE:
+        threads = _USUAL_SESSIONS * len(options.devices)
+    return thread_count(threads)
 
 
 @dataclass(frozen=True)

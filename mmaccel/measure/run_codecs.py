@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmaccel.codecs.pool import cores as usable_cores
 from mmaccel.codecs.sampling import target_size
 from mmaccel.errors import MMAccelError
 from mmaccel.measure.codec_clips import Recipe, make_clip
@@ -111,7 +112,7 @@ def run(name: str, options: CodecOptions, out: Path, progress: Callable[[str, in
     if options.peers_python and shutil.which(options.peers_python) is None:
         raise MMAccelError(f"peers_python={options.peers_python}: there is no such interpreter.")
     cells = _cells(options)
-    _entries(options, _cores(), 0, True)
+    _entries(options, usable_cores(), 0, True)
     held = {row["key"] for row in read_rows(out) if row.get("benchmark") == name}
     wanted = [cell for cell in cells if options.key(cell) not in held]
     folder = Path(options.clips) if options.clips else Path(tempfile.gettempdir()) / "mmaccel-codec-clips"
@@ -198,7 +199,7 @@ def _measure(
     crew: Crew,
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    one, rounds, cores = clips[0], cell.rounds or options.rounds, _cores()
+    one, rounds, cores = clips[0], cell.rounds or options.rounds, usable_cores()
     places = np.linspace(0, one.total - 1, cell.frames).round().astype(int)
     size = target_size(cell.rows, cell.recipe.columns, cell.size) if cell.size else None
     job = {"paths": [str(clip.path) for clip in clips], "wanted": places.tolist(), "size": size}
@@ -274,7 +275,3 @@ def _simulated(engines: tuple[int, ...], limit: Outcome) -> list[dict[str, Any]]
         result = simulate(costs, row["engines"] // gpus, gpus=gpus)
         row |= {"makespan": result.makespan, "groups": len(costs), "alone": sum(costs), "longest": max(costs)}
     return rows
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

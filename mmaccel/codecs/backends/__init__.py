@@ -76,7 +76,13 @@ def probe(backend: str, device: int = 0) -> str | None:
     if backend == "pyav":
         return None
     module = importlib.import_module(f"{__name__}.{_HOMES[backend][0]}")
-    return module.probe(device) if backend in HARDWARE else module.probe()
+    if backend in HARDWARE:
+        return module.probe(device)
+    try:
+        module.library()
+    except VideoError as error:
+        return str(error)
+    return None
 
 
 def decoder_class(backend: str) -> Any:

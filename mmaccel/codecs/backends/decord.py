@@ -13,19 +13,11 @@ from mmaccel.errors import VideoError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["DecordPictures", "probe"]
+__all__ = ["DecordPictures", "library"]
 
 
-def probe() -> str | None:
-    """Why decord cannot be used, and what to install; None if it can."""
-    try:
-        _library()
-    except VideoError as error:
-        return str(error)
-    return None
-
-
-def _library() -> Any:
+def library() -> Any:
+    """The module; VideoError says why there is none, and what to install."""
     try:
         return importlib.import_module("decord")
     except ModuleNotFoundError as error:
@@ -42,12 +34,12 @@ class DecordPictures:
     turned = True
 
     def __init__(self, data: str | bytes, threads: int) -> None:
-        library = _library()
-        self._failures = (library.DECORDError, library.DECORDLimitReachedError, RuntimeError)
+        module = library()
+        self._failures = (module.DECORDError, module.DECORDLimitReachedError, RuntimeError)
         target = io.BytesIO(data) if isinstance(data, bytes) else data
         try:
             # A frame that another one stands in for is an error: more than this share of them are. It wants a point.
-            self._reader = library.VideoReader(target, ctx=library.cpu(0), num_threads=threads, fault_tol="0.000000001")
+            self._reader = module.VideoReader(target, ctx=module.cpu(0), num_threads=threads, fault_tol="0.000000001")
             self.count = len(self._reader)
             self._first = float(self._reader.get_frame_timestamp([0])[0, 0])
         except self._failures as error:

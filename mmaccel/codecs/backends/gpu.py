@@ -99,7 +99,7 @@ class GpuHand:
 
     def _proof(self, group: Group) -> np.ndarray:
         """Learn from PyAV what the first picture of a group is like, and return it: uint8 [3, H, W] as stored."""
-        alone = replace(group, slots=(group.key,), until=group.key_rank, cost=1, steady=True)
+        alone = group.opening()
         ((_, frame),) = self.reader.read(alone)
         if frame.interlaced_frame:
             raise InterlacedError

@@ -6,7 +6,6 @@ it is known to do alike, and the keyframe of every group is decoded by both and 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -127,7 +126,7 @@ class RgbHand:
 
     def _keyframe(self, group: Group) -> VideoFrame:
         """The first picture of a group, decoded by PyAV."""
-        alone = replace(group, slots=(group.key,), until=group.key_rank, cost=1, steady=True)
+        alone = group.opening()
         try:
             ((_, frame),) = self.reader.read(alone)
         except InterlacedError:

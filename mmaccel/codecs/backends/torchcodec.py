@@ -12,19 +12,11 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["TorchcodecPictures", "probe"]
+__all__ = ["TorchcodecPictures", "library"]
 
 
-def probe() -> str | None:
-    """Why torchcodec cannot be used, and what to install; None if it can."""
-    try:
-        _library()
-    except VideoError as error:
-        return str(error)
-    return None
-
-
-def _library() -> Any:
+def library() -> Any:
+    """The module; VideoError says why there is none, and what to install."""
     try:
         return importlib.import_module("torchcodec.decoders")
     except ModuleNotFoundError as error:
@@ -48,10 +40,10 @@ class TorchcodecPictures:
     turned = True
 
     def __init__(self, data: str | bytes, threads: int) -> None:
-        library = _library()
+        module = library()
         self._failures = (RuntimeError, ValueError, IndexError)
         try:
-            self._decoder = library.VideoDecoder(
+            self._decoder = module.VideoDecoder(
                 data,
                 dimension_order="NHWC",
                 num_ffmpeg_threads=threads,
