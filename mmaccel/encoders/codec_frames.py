@@ -16,8 +16,8 @@ class CodecFrames(FewerFrames):
 
     Sentence: change in the codec's signals -> whole video -> drop the least changed, one by one -> drop before the
     encoder -> place. The calls it works on stand inside `mmaccel.codecs.using_signals`. Who loads the frames anyway can
-    do with `select_frames(signals, keep)` and hand the model fewer frames. In `benchmarks/codecs/signals.toml` the 2 or
-    4 frames of 8 chosen so answer more than as many spaced evenly; changes of raw pixels, see
+    do with `select_frames(signals, keep)` and hand the model fewer frames. In `benchmarks/codecs/signals.toml` two
+    frames of eight chosen so answer more than two spaced evenly, one does not; changes of raw pixels, see
     `mmaccel.codecs.pixel_change`, choose as well as the codec's.
     """
 
