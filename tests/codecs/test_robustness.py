@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_an_interrupt_leaves_no_thread(clip: Clip, monkeypatch: pytest.MonkeyPat
     def interrupted(self: object, *arguments: object) -> None:
         draw(self, *arguments)  # type: ignore[arg-type]
         drawn.append(0)
+        # Threads that pass the interpreter's lock to and fro without rest can keep the main one from it for a second.
+        time.sleep(0.002)
         # Two threads draw: a length may be seen by both, or by none.
         if next(numbers) == 2:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -104,7 +107,7 @@ def test_an_interrupt_leaves_no_thread(clip: Clip, monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         load_videos([path] * 200, 60, threads=2)
     assert decoders() == []
-    assert len(drawn) < 200 * 60
+    assert len(drawn) < 200 * 60 / 10
 
 
 def resident() -> int:
