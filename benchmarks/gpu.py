@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from mmaccel.codecs.backends import probe
 from mmaccel.codecs.backends.cuda import CudaDecoder
 from mmaccel.codecs.backends.pynvvideocodec import NvDecoder
+from mmaccel.codecs.priority import kept_priority
 from mmaccel.measure import append_rows, environment
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def write_clip(path: Path, codec: str, size: tuple[int, int], frames: int) -> No
     options = {"g": "30", "preset": "12" if codec == "libsvtav1" else "veryfast", "deadline": "realtime"}
     if codec == "libx265":
         options["x265-params"] = "keyint=30:open-gop=0:log-level=none"
-    with av.open(str(path), "w") as container:
+    with kept_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(frames):

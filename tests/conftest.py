@@ -38,8 +38,11 @@ def model():
 
 @pytest.fixture(autouse=True)
 def _nothing_left():
-    """No test may leave a handle on a model or a call open."""
+    """No test may leave a handle on a model, a call open, or a thread under another kind of scheduling."""
+    policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
     yield
+    if policy is not None:
+        assert os.sched_getscheduler(0) == policy
     import sys
 
     if "mmaccel.handle" in sys.modules:

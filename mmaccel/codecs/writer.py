@@ -13,6 +13,7 @@ from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
+from mmaccel.codecs.priority import kept_priority
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def write_video(
             raise VideoError(f"{codec} encodes {kind}, not video")
         # With its index in front, a file that is cut off later can still be read up to the cut.
         layout = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".mov", ".m4v") else {}
-        with av.open(str(part), "w", container_options=layout) as container:
+        with kept_priority(), av.open(str(part), "w", container_options=layout) as container:
             stream = cast("VideoStream", container.add_stream(codec, rate=rate, options=settings))
             _encode(container, stream, pictures, pix_fmt)
         part.replace(path)

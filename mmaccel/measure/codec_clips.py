@@ -16,6 +16,7 @@ from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from PIL import Image
 
+from mmaccel.codecs.priority import kept_priority
 from mmaccel.errors import MMAccelError
 from mmaccel.measure.codec_marks import BITS, draw_number, numbers_in
 
@@ -157,7 +158,7 @@ def _encode(path: Path, recipe: Recipe) -> None:
     os.environ.setdefault("SVT_LOG", "0")
     scene = _Scene(recipe.rows, recipe.columns)
     try:
-        with av.open(str(path), "w") as container:
+        with kept_priority(), av.open(str(path), "w") as container:
             stream = cast(
                 "VideoStream", container.add_stream(_ENCODER[recipe.codec], rate=RATE, options=_options(recipe))
             )

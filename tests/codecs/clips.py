@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
+from mmaccel.codecs.priority import kept_priority
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -56,7 +58,7 @@ class Recipe:
 
 def encode(recipe: Recipe, folder: Path) -> Path:
     path = folder / recipe.name
-    with av.open(str(path), "w", container_options=recipe.container) as container:
+    with kept_priority(), av.open(str(path), "w", container_options=recipe.container) as container:
         stream = container.add_stream(recipe.codec, rate=recipe.rate, options=recipe.options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, recipe.pix_fmt
         if recipe.times is not None:

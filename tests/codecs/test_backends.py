@@ -15,6 +15,7 @@ from mmaccel import kernels
 from mmaccel.codecs import backends
 from mmaccel.codecs.backends import cuda, pynvvideocodec
 from mmaccel.codecs.backends.picture import Colours, Picture, colours_of
+from mmaccel.codecs.priority import kept_priority
 from mmaccel.errors import VideoError
 
 CLIPS = ("b-frames.mp4", "open-gop.mp4", "b-frames.ts", "jitter.mkv", "hevc.mp4", "vp9.webm", "av1.mkv", "mpeg2.mpg")
@@ -235,7 +236,7 @@ def test_ten_bits(tmp_path, decoder):
 @pytest.mark.parametrize("codec", ["libvpx-vp9", "libsvtav1"])
 def test_odd_sizes(tmp_path, decoder, codec):
     path = tmp_path / "odd.mkv"
-    with av.open(str(path), "w") as container:
+    with kept_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=8, options={"svtav1-params": "lp=1", "preset": "12"})
         stream.width, stream.height, stream.pix_fmt = 75, 66, "yuv420p"
         image = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8).repeat(15, 0).repeat(15, 1)[:66]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import av
@@ -106,3 +107,13 @@ def test_bad_paths(tmp_path: Path) -> None:
         with pytest.raises(VideoError, match="cannot be written"):
             write_video(path, PICTURES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="needs scheduling policies")
+def test_the_thread_that_encodes_av1_is_scheduled_as_before(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    write_video(tmp_path / "a.mp4", PICTURES, codec="libsvtav1")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+    with pytest.raises(VideoError):
+        write_video(tmp_path / "b.mp4", PICTURES, codec="libsvtav1", pix_fmt="no-such-format")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
