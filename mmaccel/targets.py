@@ -15,8 +15,8 @@ __all__ = ["Target", "resolve"]
 class Target:
     """A target and what kind it is.
 
-    given: the object of the user. kind: "video-lm", "text-lm" or "diffusion". site: the adapter, which knows where
-    things are. root: the module that identifies the model when several handles hold it.
+    given: the object of the user. kind: "video-lm", "vision-encoder", "text-lm" or "diffusion". site: the adapter,
+    which knows where things are. root: the module that identifies the model when several handles hold it.
     """
 
     given: Any
@@ -36,8 +36,11 @@ def resolve(given: Any) -> Target:
     site = find_video_lm(model)
     if site is not None:
         return Target(given, "video-lm", site, site.root, site.family)
-    from mmaccel.adapters import diffusion, text_lm
+    from mmaccel.adapters import diffusion, text_lm, vision
 
+    if vision.fits(model):
+        site = vision.VisionModel(model)
+        return Target(given, "vision-encoder", site, site.root, site.family)
     if diffusion.fits(model):
         site = diffusion.Diffusion(model)
         return Target(given, "diffusion", site, site.transformer, site.family)
@@ -46,7 +49,8 @@ def resolve(given: Any) -> Target:
         return Target(given, "text-lm", site, model, site.family)
     raise AdapterError(
         f"mmaccel does not know what to do with a {type(given).__name__}; it takes vision-language models of "
-        f"transformers ({', '.join(families())}), text language models, and pipelines or transformers of diffusers."
+        f"transformers ({', '.join(families())}), vision encoders of transformers, timm and open_clip, text language "
+        "models, and pipelines or transformers of diffusers."
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmaccel.adapters.towers import BatchedTower, PackedTower
+from mmaccel.core.encoder import Encoder
 from mmaccel.core.prefill import Encoded, GridLayout, ItemLayout
 from mmaccel.errors import AdapterError, NotApplicableError
 
@@ -126,6 +127,16 @@ class VideoLM:
         """The layers of the vision tower."""
         inner = getattr(self.vision_tower, "vision_model", self.vision_tower)
         return get_module(inner, self.vision_layers)
+
+    def encoder(self) -> Encoder:
+        """The vision tower, taken apart.
+
+        Raises:
+            AdapterError: its blocks are built in a way that is not known.
+        """
+        from mmaccel.adapters.vision import of_vision_tower
+
+        return of_vision_tower(self)
 
     def score_layer(self, chosen: Any = None) -> int:
         """The vision layer whose output the language model gets: its attention tells which tokens matter.

@@ -1,0 +1,47 @@
+"""Stream: what methods remember from one call to the next on a live stream; explicit, one object a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+__all__ = ["Stream", "current_stream", "following"]
+
+T = TypeVar("T")
+
+_stream: ContextVar[Stream | None] = ContextVar("mmaccel_stream", default=None)
+
+
+class Stream:
+    """The memory of one stream; methods keep their own state in it, by class. Several streams never meet."""
+
+    def __init__(self) -> None:
+        self._state: dict[type, Any] = {}
+
+    def get(self, kind: type[T]) -> T:
+        """The state object of class `kind`, made on first use."""
+        state = self._state.get(kind)
+        if state is None:
+            state = self._state[kind] = kind()
+        return state
+
+    def clear(self) -> None:
+        """Forget everything, as after a cut to another scene."""
+        self._state.clear()
+
+
+def current_stream() -> Stream | None:
+    """The stream that the calls of this context belong to, None for a video that is given as a whole."""
+    return _stream.get()
+
+
+@contextmanager
+def following(stream: Stream) -> Iterator[Stream]:
+    """Calls in this block go on where the earlier ones of `stream` have ended."""
+    token = _stream.set(stream)
+    try:
+        yield stream
+    finally:
+        _stream.reset(token)

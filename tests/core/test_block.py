@@ -1,0 +1,120 @@
+"""Blocks taken apart and put together again give what the library's own forward gives."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from checks import ALL, call, ids
+
+from mmaccel.adapters import video_lm
+from mmaccel.adapters.blocks import take_apart
+from mmaccel.adapters.vision import VisionModel, of_vision_tower
+from mmaccel.errors import AdapterError
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+PICTURES = {"image_size": 32, "patch_size": 8}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def towers():
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 32, 32)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=SMALL | PICTURES, text_config=TEXT))
+    yield "CLIPModel", clip, lambda: clip.get_image_features(image)
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, **PICTURES))
+    yield "SiglipVisionModel", siglip, lambda: siglip(image)
+    siglip2 = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**SMALL, patch_size=4, num_patches=16))
+    mask, shapes = torch.ones(2, 16, dtype=torch.long), torch.tensor([[4, 4], [4, 4]])
+    yield "Siglip2VisionModel", siglip2, lambda: siglip2(torch.randn(2, 16, 48), mask, shapes)
+    config = transformers.InternVLVisionConfig(
+        **SMALL, image_size=[32, 32], patch_size=[8, 8], use_qk_norm=True, layer_scale_init_value=0.3
+    )
+    internvit = transformers.InternVLVisionModel(config)
+    yield "InternVLVisionModel", internvit, lambda: internvit(image)
+    vit = timm.models.VisionTransformer(
+        32, 8, embed_dim=32, depth=2, num_heads=2, init_values=0.3, qk_norm=True, reg_tokens=2
+    )
+    yield "timm", vit, lambda: vit(image)
+    both = open_clip.CLIP(
+        16,
+        open_clip.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=32, ls_init_value=0.3),
+        open_clip.CLIPTextCfg(width=32, heads=2, layers=1),
+    )
+    yield "open_clip", both, lambda: both.encode_image(image)
+
+
+TOWERS = {name: (model.eval(), run) for name, model, run in towers()}
+
+
+def largest_error(encoder, run):
+    """Compute every block of a forward from its parts; the largest difference from what the block returned."""
+    errors, hooks = [], []
+    for block in encoder.blocks:
+
+        def compare(_module, args, kwargs, output, block=block):
+            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("q_x"))
+            h = block.norm1(x)
+            q, k, v = block.query(h), block.key(h), block.value(h)
+            seen = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            if block.rotate is not None:
+                q, k = (block.rotate(t, kwargs["position_embeddings"]) for t in (q, k))
+                cuts = kwargs["cu_seqlens"].long()
+                image = torch.repeat_interleave(torch.arange(len(cuts) - 1), cuts.diff())
+                seen = image[:, None] == image
+            y = x + block.attend(q, k, v, seen)
+            y = y + block.mlp(block.norm2(y))
+            errors.append(float((y - (output[0] if isinstance(output, tuple) else output)).abs().max()))
+
+        hooks.append(block.module.register_forward_hook(compare, with_kwargs=True))
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    assert len(errors) == len(encoder.blocks)
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_parts_of_a_tower_make_its_blocks(name):
+    model, run = TOWERS[name]
+    encoder = VisionModel(model).encoder()
+    assert len(encoder.blocks) == 2
+    assert encoder.last == 1
+    assert encoder.prefix == {"CLIPModel": 1, "InternVLVisionModel": 1, "timm": 3, "open_clip": 1}.get(name, 0)
+    assert largest_error(encoder, run) < 2e-6
+
+
+@pytest.mark.parametrize("family", ALL, ids=ids(ALL))
+def test_parts_of_a_vision_language_model_make_its_blocks(model, family):
+    net = model(family)
+    encoder = of_vision_tower(video_lm(net))
+    inputs = family.inputs(["video" if "video" in family.modalities else "image"])
+    assert encoder.packed == family.name.startswith("qwen")
+    assert net.get_submodule(encoder.path) is encoder.module
+    assert largest_error(encoder, lambda: call(net, inputs)) < 5e-6
+
+
+def test_a_joined_projection_that_is_not_a_plain_layer_is_asked_itself():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * 1.5
+
+    vit = timm.models.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2).eval()
+    vit.blocks[0].attn.qkv = Wrapped(vit.blocks[0].attn.qkv)
+    assert largest_error(VisionModel(vit).encoder(), lambda: vit(torch.randn(2, 3, 32, 32))) < 2e-6
+
+
+def test_what_cannot_be_taken_apart_is_refused():
+    with pytest.raises(AdapterError, match="Linear is no block"):
+        take_apart(torch.nn.Linear(2, 2))
+    vit = timm.models.VisionTransformer(32, 8, embed_dim=32, depth=1, num_heads=2)
+    vit.blocks = torch.nn.Sequential()
+    with pytest.raises(AdapterError, match="no blocks"):
+        VisionModel(vit).encoder()
