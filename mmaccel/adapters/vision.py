@@ -51,7 +51,8 @@ class VisionModel:
         if not blocks:
             raise AdapterError(f"this {self.family} has no blocks to put a method on.")
         packed = self.family in _PACKED
-        merge = self._tower.config.spatial_merge_size if packed else 1  # type: ignore[union-attr]
+        config: Any = getattr(self._tower, "config", None)
+        merge = config.spatial_merge_size if packed else 1
         return Encoder(self._tower, self._path or type(self._tower).__name__, blocks, len(blocks) - 1, self._prefix,
                        packed, merge)  # fmt: skip
 
