@@ -146,6 +146,11 @@ def _result(crew: Crew[Outcome], reading: Reading, ticket: Ticket[Outcome] | Non
             raise
         options = replace(reading.options, backend="pyav", devices=(), spare=False, note=str(error))
         return crew.result(crew.add(Reading(reading.source, reading.request, options)))
+    except MemoryError as error:
+        raise VideoError(
+            f"{reading.source.name}: the memory does not hold its pictures while they are converted ({error}); use "
+            "fewer threads, or see with `mmaccel probe` whether the file has the size that it claims"
+        ) from error
 
 
 def iter_video(

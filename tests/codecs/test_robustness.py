@@ -122,7 +122,7 @@ def descriptors() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("kind", ["loaded", "left early", "refused", "damaged"])
 def test_many_cycles_leak_nothing(clip: Clip, tmp_path: Path, kind: str) -> None:
-    """MMACCEL_CYCLES=10000 runs it at length."""
+    """MMACCEL_CYCLES=10000 runs it at length; then with MALLOC_ARENA_MAX=1, as glibc keeps free memory for each thread."""
     path = clip("b-frames.mp4")
     data = path.read_bytes()
     broken = tmp_path / "broken.mp4"
@@ -156,3 +156,16 @@ def test_many_cycles_leak_nothing(clip: Clip, tmp_path: Path, kind: str) -> None
     assert decoders() == []
     # What the allocator keeps varies by some megabytes; a decoder in each cycle would be ten times as much.
     assert resident() - before < (16 << 20) + 1024 * CYCLES
+
+
+def test_pictures_that_memory_does_not_hold(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    def paint(*_: object) -> None:
+        raise MemoryError("Unable to allocate 164 MiB")
+
+    monkeypatch.setattr("mmaccel.codecs.picture.Painter.paint", paint)
+    path = clip("intra.mp4")
+    for threads in (1, 2):
+        with pytest.raises(VideoError, match=r"intra\.mp4: the memory does not hold .*164 MiB.*fewer threads"):
+            load_video(path, 3, threads=threads)
+    results = load_videos([path, path], 3, threads=2)
+    assert [type(result) for result in results] == [VideoError, VideoError]
