@@ -122,7 +122,7 @@ def descriptors() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("kind", ["loaded", "left early", "refused", "damaged"])
 def test_many_cycles_leak_nothing(clip: Clip, tmp_path: Path, kind: str) -> None:
-    """MMACCEL_CYCLES=10000 runs it at length; then with MALLOC_ARENA_MAX=1, as glibc keeps free memory for each thread."""
+    """MMACCEL_CYCLES=10000 runs it at length; set MALLOC_ARENA_MAX=1 then, as glibc keeps memory for each thread."""
     path = clip("b-frames.mp4")
     data = path.read_bytes()
     broken = tmp_path / "broken.mp4"
