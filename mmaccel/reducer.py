@@ -66,6 +66,10 @@ class GridReducer(Method):
         """
         return resolve_keep(self.keep, n)
 
+    def score_name(self, site: Any) -> str:
+        """Which scores of the encoder call `reduce` is shown."""
+        return site.score_kind()
+
     def reduce(self, tokens: VisualTokens) -> Reduction | None:
         """Which of the living tokens of one grid survive; None leaves the grid as it is."""
         raise NotImplementedError
@@ -83,7 +87,7 @@ class GridReducer(Method):
 
     def install(self, installer: Installer) -> None:
         """Hand `reduce` to the prefill hooks."""
-        score = installer.target.site.score_kind() if self.needs_scores and not self.neutral else None
+        score = self.score_name(installer.target.site) if self.needs_scores and not self.neutral else None
         reduce = None if self.neutral else self.reduce
         installer.prefill.reduce_before(
             self.info.name, reduce, score=score, positions=self.positions, stage=self.info.stage

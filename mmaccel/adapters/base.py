@@ -138,6 +138,21 @@ class VideoLM:
 
         return of_vision_tower(self)
 
+    def video_frames(self, encoded: Encoded) -> list[tuple[int, int]]:
+        """(frames, rows of each in dimension 0 of the tower's tokens) of a call's videos; [] for batched images."""
+        if encoded.modality != "video":
+            return []
+        videos, T = encoded.arguments["pixel_values_videos"].shape[:2]
+        return [(T, 1)] * videos
+
+    def sees_whole_frames(self, layer: int) -> int:
+        """The last vision block up to `layer` whose attention is not cut into windows."""
+        return layer
+
+    def frame_boundary(self) -> list[nn.Module | tuple[nn.Module, str]]:
+        """The modules, or (object, method)s, behind which features of all frames have to be there."""
+        return [get_module(self.root, self.projector)]
+
     def score_layer(self, chosen: Any = None) -> int:
         """The vision layer whose output the language model gets: its attention tells which tokens matter.
 

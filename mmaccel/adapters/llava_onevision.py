@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from mmaccel.adapters.llava_next_video import TiledVideoLM
 from mmaccel.core.prefill import Encoded
@@ -41,6 +42,10 @@ class LlavaOnevision(TiledVideoLM):
             vision_aspect_ratio=aspect,
         )
         return [mark.squeeze(-1) for mark in marks]
+
+    def frame_boundary(self) -> list[nn.Module | tuple[nn.Module, str]]:
+        """Pooling comes last."""
+        return [(self.root, "apply_pooling")]
 
     def pooled(self, features: torch.Tensor) -> torch.Tensor:
         """The model's bilinear pooling."""

@@ -19,6 +19,11 @@ class Qwen25VL(Qwen2VL):
         """The last full-attention block."""
         return max(self.config.vision_config.fullatt_block_indexes)
 
+    def sees_whole_frames(self, layer: int) -> int:
+        """Most blocks work in windows; before the first that does not, none sees a frame."""
+        whole = self.config.vision_config.fullatt_block_indexes
+        return max((block for block in whole if block <= layer), default=min(whole))
+
     def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The blocks work in window order."""
         from transformers.vision_utils import get_vision_window_index

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from mmaccel.adapters.base import VideoLM, raster
 from mmaccel.adapters.towers import PackedTower
@@ -37,6 +38,15 @@ class Qwen2VL(VideoLM):
             grid = raster(t, h // merge, w // merge)
             items.append(ItemLayout(encoded.modality, grid.offsets.numel(), (grid,)))
         return items
+
+    def video_frames(self, encoded: Encoded) -> list[tuple[int, int]]:
+        """Frames are temporal groups."""
+        return [(t, h * w) for t, h, w in self.grids(encoded).tolist()]
+
+    def frame_boundary(self) -> list[nn.Module | tuple[nn.Module, str]]:
+        """The mergers: what follows them in the tower puts rows in order."""
+        tower: Any = self.vision_tower
+        return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
 
     def score_layer(self, chosen: Any = None) -> int:  # noqa: ARG002
         """The last block: its output goes to the merger."""

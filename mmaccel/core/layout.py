@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmaccel.errors import NotApplicableError
+from mmaccel.tokens.frames import MergedFrames
 
 __all__ = ["Encoded", "GridLayout", "ItemLayout", "Site", "VisualTokens"]
 
@@ -37,7 +38,8 @@ class Encoded:
 
     output: a copy of what the encoder returned, since beam search repeats the features inside of the original later on.
     tower: the vision tower's own output. outside: whether nobody asked for it on behalf of a prompt. thinned: how the
-    tower call was made smaller, outermost first. prompt: the prompt that the features go into, as it was given: token
+    tower call was made smaller, outermost first. merged: of each video, which of its frames the tower has merged, if it
+    has; passage: what merges them knows meanwhile. prompt: the prompt that the features go into, as it was given: token
     ids int64 [B, S] or embeddings [B, S, D].
     """
 
@@ -49,6 +51,8 @@ class Encoded:
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     recorders: dict[str, object] = field(default_factory=dict)
     thinned: list[Any] = field(default_factory=list)
+    merged: list[MergedFrames] | None = None
+    passage: Any = None
     prompt: torch.Tensor | None = None
 
     @property
@@ -111,7 +115,8 @@ class VisualTokens:
     score: float32 [N] or None. kind: "image", "video" or "prompt". number: which of the prompt's grids this is.
     contiguous: whether they stand one behind the other, without text or newline tokens in between. note(text, about)
     tells the user's report something, once; of what it is told about one matter, the latest counts. video: which of the
-    call's videos this is, over all rows of the batch.
+    call's videos this is, over all rows of the batch. merged: what the vision tower has left of its frames, None if all
+    are there.
     """
 
     features: torch.Tensor
@@ -123,6 +128,7 @@ class VisualTokens:
     contiguous: bool = True
     note: Callable[..., None] = _silent
     video: int = 0
+    merged: MergedFrames | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]

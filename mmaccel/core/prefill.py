@@ -85,7 +85,11 @@ class PrefillHooks:
         stage: int,
         count: Count | None = None,
     ) -> None:
-        """Reduce each grid before the first decoder layer; `score` is "received", "cls" or None."""
+        """Reduce each grid before the first decoder layer.
+
+        score: "received" or "cls", which are read at the score layer, None, or scores that the method's own hooks put
+        into the encoder call.
+        """
         order = (stage, next(_serial))
         self._before.append(_Reducer(order, name, reduce, score, positions, count or self.count, self.note))
 
@@ -121,7 +125,7 @@ class PrefillHooks:
         patcher.before(site.root, self._begin)
         for modality, method in site.encoders.items():
             patcher.wrap(site.root, method, note_encoding(site, modality))
-        for kind in sorted({reducer.score for reducer in self._before if reducer.score}):
+        for kind in sorted({reducer.score for reducer in self._before if reducer.score in ("received", "cls")}):
             probe_attention(patcher, site.score_attention(), record_scores(site, kind))
         together = patcher.share(site.root, _Together)
         for reducer in self._before:
@@ -311,4 +315,5 @@ def _visual(
     if scores is not None:
         scores = scores.to(cell.device)[grid.span][grid.layout.offsets.to(cell.device)[cell]]
     contiguous = int(cells[-1] - cells[0]) == cells.numel() - 1
-    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous, note, video)
+    merged = grid.encoded.merged[video] if grid.encoded.merged is not None and grid.kind == "video" else None
+    return VisualTokens(features, cell, grid.layout.shape, scores, grid.kind, number, contiguous, note, video, merged)
