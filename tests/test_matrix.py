@@ -32,6 +32,7 @@ DROPS = {
     "visionzip": "visionzip:keep=0.3;contextual=0.0",
     "holitom": "holitom:keep=0.3;tau=1.0;inner_keep=1.0",
     "fastv": "fastv:keep=0.4;layer=2",
+    "earlytom": "earlytom:keep=0.3;layers=;inner_keep=1.0",
 }
 DEFAULTS = {
     "random": "random:keep=0.3",
@@ -42,6 +43,7 @@ DEFAULTS = {
     "fastv": "fastv:keep=0.3",
     "fewer-pixels": "fewer-pixels:keep=0.3",
     "fewer-frames": "fewer-frames:keep=0.5",
+    "earlytom": "earlytom:keep=0.3;tau=-1.0;layers=0/1",
 }
 each_family = pytest.mark.parametrize("family", ALL, ids=ids(ALL))
 each_drop = pytest.mark.parametrize("method", DROPS)
@@ -49,7 +51,7 @@ each_method = pytest.mark.parametrize("method", DEFAULTS)
 
 
 def fits(family, method):
-    if method == "fewer-frames" and (family not in VIDEO or family.name == "internvl"):
+    if method in ("fewer-frames", "earlytom") and (family not in VIDEO or family.name == "internvl"):
         pytest.skip("the family encodes images only")
 
 
@@ -90,6 +92,7 @@ def test_neutral_knob_changes_nothing(model, dense, family, method):
 @each_drop
 @each_family
 def test_dropping_equals_masking(model, family, method, batch):
+    fits(family, method)
     net = model(family)
     kinds = mixture(family)
     inputs = family.inputs(kinds[0] if batch == "alone" else kinds)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
-from checks import VIDEO, ids
-from made import noise
+from checks import VIDEO, call, ids
+from made import noise, video
 
 import mmaccel
 from mmaccel.adapters import video_lm
 from mmaccel.core.encoding import encoding_of
 from mmaccel.core.run import opened
 from mmaccel.encoders.earlytom import EarlyTom
+from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
+from mmaccel.method import parse
 from mmaccel.tokens.frames import MergedFrames, frame_similarity, merge_middles, segments, threshold_for
 
 FAMILIES = [family for family in VIDEO if family.name != "internvl"]
@@ -305,3 +308,136 @@ def redundant(family, T):
         return {"pixel_values_videos": torch.cat(frames), "video_grid_thw": torch.tensor([[T, h, w]])}
     first = pixels[0, 0]
     return {"pixel_values_videos": torch.stack([first + 0.1 * k * noise(*first.shape, seed=3) for k in range(T)])[None]}
+
+
+# ---- the selection in space
+
+
+def chosen(tokens, **knobs):
+    return EarlyTom(**knobs).reduce(tokens).index.tolist()
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.29, 20, 60])
+def test_without_merging_every_frame_keeps_its_best_tokens(keep):
+    T, S = 5, 12
+    tokens = video(noise(T, S, 8), noise(T, S, seed=1))
+    share = keep if isinstance(keep, float) else keep / (T * S)
+    want = []
+    for t in range(T):
+        row = tokens.score.view(T, S)[t].tolist()
+        best = sorted(range(S), key=lambda p, row=row: -row[p])[: math.ceil(S * share - 1e-9)]
+        want += [t * S + p for p in sorted(best)]
+    assert chosen(tokens, keep=keep) == want
+
+
+def test_frames_between_keep_one_token_a_window():
+    T, S = 8, 13
+    groups = [[(0, 1.0)], [(1, 0.7), (2, 0.3)], [(3, 1.0)], [(4, 0.5), (5, 0.5)], [(6, 1.0)], [(7, 1.0)]]
+    merged = MergedFrames(T, groups, [(0, 4), (4, 6)])
+    tokens = video(noise(T, S, 8), noise(T, S, seed=1))
+    tokens = dataclasses.replace(tokens, merged=merged)
+    ratio = 0.3 * T / 6
+    want = []
+    for living, place in enumerate([0, 1, 3, 4, 6, 7]):
+        row = tokens.score.view(T, S)[place].tolist()
+        if living in (1, 2):
+            k = round(S * ratio)
+            sizes = [S // k + (i < S % k) for i in range(k)]
+            edges = [0, *itertools.accumulate(sizes)]
+            best = [max(range(a, b), key=lambda p, row=row: (row[p], -p)) for a, b in itertools.pairwise(edges)]
+        else:
+            best = sorted(sorted(range(S), key=lambda p, row=row: -row[p])[: math.ceil(S * ratio)])
+        want += [place * S + p for p in best]
+    assert chosen(tokens, keep=0.3) == want
+    every = [place * S + p for place in (0, 1, 3, 4, 6, 7) for p in range(S)]
+    assert chosen(tokens, keep=0.3, temporal_only=True) == chosen(tokens, keep=0.99) == every
+    # at least one token a frame
+    assert len(chosen(tokens, keep=1)) == 6
+
+
+def test_an_image_is_one_frame():
+    tokens = video(noise(1, 9, 8), noise(1, 9, seed=1), kind="image")
+    assert len(chosen(tokens, keep=0.5)) == 5
+
+
+# ---- as users meet it
+
+
+@each_family
+def test_empty_layers_select_as_if_nothing_had_merged(model, family):
+    net, inputs = model(family), family.inputs(["video"])
+    kept = []
+    for spec in ("earlytom:layers=;keep=0.4;inner_keep=1.0", "earlytom:tau=1.5;layers=1;keep=0.4;inner_keep=1.0"):
+        with mmaccel.accelerate(net, spec) as handle:
+            call(net, inputs)
+            kept.append([len(row) for row in handle.report().kept("earlytom")])
+    assert kept[0] == kept[1]
+    with mmaccel.accelerate(net, "holitom:keep=0.4;tau=1.0;inner_keep=1.0") as handle:
+        call(net, inputs)
+        holitom = handle.report().kept("holitom")
+    with mmaccel.accelerate(net, "earlytom:layers=;keep=0.4;inner_keep=1.0") as handle:
+        call(net, inputs)
+        assert handle.report().kept("earlytom") == holitom
+
+
+@each_family
+def test_merging_alone_keeps_every_token_of_the_frames_that_are_left(model, family):
+    net, inputs = model(family), family.inputs(["video"])
+    with mmaccel.accelerate(net, "earlytom:layers=0;tau=-1.0;temporal_only=true;inner_keep=1.0") as handle:
+        call(net, inputs)
+        report = handle.report()
+    entry = report.tokens["earlytom", "before the language model"]
+    (note,) = [note for note in report.lines() if "frames are left" in note]
+    left, T = int(note.split()[1]), int(note.split()[3])
+    assert 1 <= left <= T
+    assert entry.tokens_out * T == entry.tokens_in * left
+
+
+@each_family
+def test_two_videos_of_a_call_merge_by_themselves(model, family):
+    net = model(family)
+    single = family.inputs(["video"])
+    spec = "earlytom:layers=0/1;frames=0.6;keep=0.5;positions=original"
+    with mmaccel.accelerate(net, spec):
+        alone = call(net, single).logits
+        both = call(net, family.inputs(["video", "videos"])).logits
+    length = single["input_ids"].shape[1]
+    assert both.shape[1] >= alone.shape[1]
+    assert length >= alone.shape[1]
+    torch.testing.assert_close(both[0, -1], alone[0, -1], atol=2e-5, rtol=1e-4)
+
+
+def test_wrong_use(model):
+    family = next(family for family in FAMILIES if family.name == "llava-onevision")
+    net = model(family)
+    for layers in ("4/x", "3/2", (1, 1), "-1", "1,2"):
+        with pytest.raises(MethodError, match="numbers that rise"):
+            EarlyTom(layers=layers)
+    with pytest.raises(MethodError, match="frames"):
+        EarlyTom(frames=0.0)
+    with pytest.raises(NotApplicableError, match="behind the last vision layer"):
+        mmaccel.accelerate(net, EarlyTom(layers=(9,)))
+    with pytest.raises(ConflictError, match="fewer-frames"):
+        mmaccel.accelerate(net, "earlytom", "fewer-frames:keep=0.5")
+    with mmaccel.accelerate(net, "earlytom:keep=100000"), pytest.raises(MethodError, match="nearest number"):
+        call(net, family.inputs(["video"]))
+    for other in VIDEO:
+        if other.name == "internvl":
+            with pytest.raises(NotApplicableError, match="encodes images only"):
+                mmaccel.accelerate(model(other), "earlytom")
+
+
+def test_nan_inside_the_tower_is_named(model):
+    family = next(family for family in FAMILIES if family.name == "llava-onevision")
+    net, inputs = model(family), dict(family.inputs(["video"]))
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].clone()
+    inputs["pixel_values_videos"][0, 1] = torch.nan
+    with mmaccel.accelerate(net, "earlytom:layers=0"), pytest.raises(NonFiniteError, match="vision_tower"):
+        call(net, inputs)
+
+
+def test_layers_are_given_in_three_ways():
+    assert EarlyTom(layers=(4, 14)).spec == "earlytom:layers=4/14"
+    assert parse("earlytom:layers=4")[0] == EarlyTom(layers=(4,)) == EarlyTom(layers="4")
+    preset = EarlyTom.preset("llava-onevision mvbench keep 0.10")
+    assert (preset.tau, preset.strict, preset.layers) == (0.65, True, "6/21/23")
