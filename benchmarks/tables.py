@@ -111,6 +111,40 @@ def speed(rows: list[Row], everything: bool) -> str:
     return "\n".join(_speed_part(caption, shown) for caption, shown in parts.items())
 
 
+def encoders(rows: list[Row], _everything: bool) -> str:
+    """The stages of the newest run, and whether the encoder's time follows its FLOPs."""
+    newest = max(rows, key=lambda row: row["time"])["key"]
+    run = [row for row in rows if row["key"] == newest]
+    dense = next(row for row in run if row["spec"] == "dense")
+    stages = [stage for stage in dense["ttft"]["stages"] if stage != "rest"]
+    heads = ["setting", "first token", "of dense", *stages, "own work", "encoder FLOPs", "encoder time", "time / FLOPs",
+             "tokens"]  # fmt: skip
+    lines = []
+    for row in sorted(run, key=lambda row: row is not dense):
+        flops = row["flops_encoder"] / dense["flops_encoder"]
+        lines.append(
+            [
+                f"`{row['spec']}`{_mark(row['spec'])}",
+                _seconds(row["ttft"]["total"]["median"]),
+                _percent(row["ttft_ratio"]),
+                *(_seconds(row["ttft"]["stages"][stage]["median"]) for stage in stages),
+                "" if row is dense else _percent(row["overhead_of_dense"]),
+                _percent(flops),
+                _percent(row["stage_ratio"]["encode"]) if row is not dense else "100.0 %",
+                f"{row['stage_ratio']['encode'] / flops:.2f}" if row is not dense else "1.00",
+                _tokens(row),
+            ]
+        )
+    depth = _depth(dense).removeprefix(", ")
+    caption = (
+        f"**Random weights** in the published configuration of {dense['model']}, {dense['frames']} frames"
+        f"{', ' + depth if depth else ''}, {dense['dtype']}, SDPA, batch 1, median of {dense['repeats']} warm rounds "
+        "in turn; own work: scoring, deciding and merging, of the dense time to first token, contained in the stages; "
+        f"encoder FLOPs and time: of dense. * baseline. {_machine(dense)}"
+    )
+    return _markdown(heads, lines, caption)
+
+
 def _setup(row: Row) -> tuple[Any, ...]:
     return _place(row), row["model"], row["frames"], row["dtype"], row["layers"], row["vision_layers"]
 
@@ -405,6 +439,8 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "video_lm/quality": quality,
     "video_lm/speed": speed,
     "video_lm/speed_published": speed,
+    "encoders/ttft": encoders,
+    "encoders/merging": encoders,
     "kernels": kernels,
     "codecs/decode": codecs,
     "codecs/long": codecs,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
+import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +26,6 @@ from mmaccel.measure.stages import DENSE, StageTimes, compare, time_per_output_t
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 __all__ = ["SpeedOptions", "run"]
 
@@ -33,7 +36,8 @@ class SpeedOptions:
 
     models: names of `mmaccel.tiny.families.REAL`. frames: video lengths. specs: methods. layers, vision_layers: keep so
     many of each model, 0 for all. device: "cpu", "cuda" or "auto". repeats: timed rounds, in each of which dense and
-    every spec run once. new_tokens: 0, or how many to generate for the time per output token.
+    every spec run once. new_tokens: 0, or how many to generate for the time per output token. decode: rows of an H.264
+    clip of 30 seconds from which `load_video` takes as many frames at 384 pixels, as the first stage; 0 for none.
     """
 
     models: tuple[str, ...]
@@ -46,12 +50,16 @@ class SpeedOptions:
     repeats: int = 5
     threads: int = 1
     new_tokens: int = 0
+    decode: int = 0
 
     def key(self, model: str, frames: int, device: torch.device) -> str:
         """Tells apart groups of rows whose results may differ; `device` is the one that "auto" turned out to be."""
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         place = {"device": device.type, "gpu": gpu, "cpu": cpu_name()}
-        relevant = {**asdict(self), "models": model, "frames": frames, **place}
+        given = asdict(self)
+        if not self.decode:  # as in rows from before there was this option
+            del given["decode"]
+        relevant = {**given, "models": model, "frames": frames, **place}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -85,6 +93,23 @@ def run(name: str, options: SpeedOptions, out: Path, progress: Callable[[str, in
         torch.set_num_threads(before)
     keys = {options.key(model, frames, device) for model in options.models for frames in options.frames}
     return [row for row in read_rows(out) if row.get("benchmark") == name and row["key"] in keys]
+
+
+def _decoding(options: SpeedOptions, frames: int) -> dict[str, float] | None:
+    """Seconds that decoding takes, the median of `repeats`."""
+    if not options.decode:
+        return None
+    from mmaccel.codecs import load_video
+    from mmaccel.measure.codec_clips import Recipe, make_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_clip(Path(folder), Recipe("h264", options.decode, 60, 10), 30).path
+        seconds = []
+        for _ in range(options.repeats + 1):
+            start = time.perf_counter()
+            load_video(path, frames=frames, size=384, threads=options.threads)
+            seconds.append(time.perf_counter() - start)
+    return {"decode": statistics.median(seconds[1:])}
 
 
 @dataclass(frozen=True)
@@ -130,7 +155,7 @@ def _group(
         profiles[spec] = _profile(model, inputs, spec)
     machine = environment()
     times = compare(
-        model, inputs, options.specs, repeats=options.repeats, warmup=0,
+        model, inputs, options.specs, repeats=options.repeats, warmup=0, before=_decoding(options, frames),
         progress=lambda done, _total: progress(what, len(settings) + done, calls),
     )  # fmt: skip
     machine["machine"]["load_after"] = load()
