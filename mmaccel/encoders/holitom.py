@@ -11,21 +11,17 @@ import torch
 from mmaccel.codecs.signals import change_between
 from mmaccel.errors import MethodError
 from mmaccel.kernels.frame_dp import frame_dp, windows
-from mmaccel.method import Info, Stage, Touch, knob
-from mmaccel.reducer import BEFORE_LLM, INSIDE_LLM, GridReducer
+from mmaccel.method import Info, Stage, knob
+from mmaccel.reducer import BEFORE_LLM, INSIDE_LLM, TwiceReducer
 from mmaccel.tokens import reduce, select, signals
 from mmaccel.tokens.place import Mix, Reduction
 
 if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
-    from mmaccel.install import Installer
-    from mmaccel.targets import Target
-
-_INNER_DEPTH = 0.64  # the paper's layer 18 of 28
 
 
 @dataclass(frozen=True)
-class HoliTom(GridReducer):
+class HoliTom(TwiceReducer):
     """HoliTom: Holistic Token Merging for Fast Video Large Language Models (2025).
 
     Sentence, outer part: cosine to the same position in the next frame -> segments by dynamic programming -> tokens
@@ -45,12 +41,6 @@ class HoliTom(GridReducer):
     )
     beta: float = knob(0.6, "weight of a cluster's centre against the mean of its members", low=0.0, high=1.0)
     contextual: float = knob(0.0, "share of the dynamic tokens' budget spent on clustered context", low=0.0, high=1.0)
-    inner_keep: float = knob(
-        0.5, "fraction of visual tokens kept at the inner layer; 1.0 switches the inner part off", above=0.0, high=1.0
-    )
-    inner_layer: int | None = knob(
-        None, "decoder layer before which the inner part merges; default 0.64 of the depth", low=1
-    )
     longest: int = knob(1024, "longest segment in frames", low=1)
     temporal: Literal["features", "codec"] = knob(
         "features", "where the similarity over time is taken from; codec: 1 - change, see codecs.using_signals",
@@ -75,43 +65,12 @@ class HoliTom(GridReducer):
         },
     }
     needs_scores: ClassVar[bool] = True
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Without the inner part the decoder layers are free for another method."""
-        return (BEFORE_LLM, INSIDE_LLM) if self._inner else (BEFORE_LLM,)
+    inner_depth: ClassVar[float] = 0.64  # layer 18 of 28
 
     @property
     def neutral(self) -> bool:
         """Keep everything; the temporal merge and the inner part are off as well."""
         return super().neutral and not self.temporal_only
-
-    @property
-    def _inner(self) -> bool:
-        return self.inner_keep < 1.0 and not self.neutral
-
-    def _layer(self, depth: int) -> int:
-        return self.inner_layer if self.inner_layer is not None else max(1, round(_INNER_DEPTH * depth))
-
-    def plan(self, target: Target) -> list[Touch]:
-        """The outer part's hooks, and the attention of one decoder layer."""
-        touches = super().plan(target)
-        layer = self._layer(target.site.depth)
-        if self._inner and layer < target.site.depth:
-            touches.append(Touch(f"decoder layer {layer - 1}", "reads q and k of the last prompt token, then merges"))
-        return touches
-
-    def install(self, installer: Installer) -> None:
-        """Hand both parts to the prefill hooks; an inner layer behind the last one means no inner part."""
-        super().install(installer)
-        depth = installer.target.site.depth
-        if self._inner and self._layer(depth) >= depth:
-            installer.report.note(
-                f"holitom: inner_layer={self._layer(depth)} is behind the last of {depth} decoder layers, so the inner "
-                "part is off"
-            )
-        elif self._inner:
-            installer.prefill.reduce_inside(self.info.name, self._layer(depth), self.merge_inside)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """The outer part on one video."""
@@ -198,7 +157,7 @@ class HoliTom(GridReducer):
             cols = others + t * parts.S
             parts.add(others[centres[0]] + t * parts.S, merge.assignment[0], cols, merge.weight[0])
 
-    def merge_inside(self, tokens: VisualTokens) -> Reduction | None:
+    def reduce_inside(self, tokens: VisualTokens) -> Reduction | None:
         """The inner part on all visual tokens of a prompt."""
         n = len(tokens)
         wanted = max(1, round(n * self.inner_keep))
