@@ -11,7 +11,6 @@ from mmaccel.tokens.allocate import resolve_keep
 
 if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
-    from mmaccel.core.prefill_layers import Queries
     from mmaccel.install import Installer
     from mmaccel.targets import Target
     from mmaccel.tokens.place import Reduction
@@ -109,7 +108,7 @@ class TwiceReducer(GridReducer):
     )
 
     inner_depth: ClassVar[float]
-    inner_queries: ClassVar[Queries] = "last"
+    inner_queries: ClassVar[Literal["last", "question"]] = "last"
 
     def reduce_inside(self, tokens: VisualTokens) -> Reduction | None:
         """The inner part on all visual tokens of a prompt; None leaves them as they are."""

@@ -16,7 +16,7 @@ from mmaccel.method import Info, Method, Stage, find, knob, parse, registry
 
 EXPECTED = {
     "holitom", "visionzip", "fastv", "evs", "random", "uniform", "fewer-frames", "fewer-pixels",
-    "first-block-cache", "prompt-lookup",
+    "first-block-cache", "prompt-lookup", "dycoke", "fastvid", "prunevid",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class DyCoke(GridReducer):
         name="dycoke", verb="drop", stage=Stage.BEFORE_LLM,
         summary="drops tokens that repeat an earlier frame of their window of four",
         source="DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", year=2024,
-        targets=("video-lm",), slots=(BEFORE_LLM,), licence="no licence looked up",
+        targets=("video-lm",), slots=(BEFORE_LLM,), licence="no licence file found",
     )  # fmt: skip
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"keep": 0.475, "source": "paper: k = 0.7 of 3 frames in 4"}

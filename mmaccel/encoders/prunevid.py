@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,6 @@ from mmaccel.tokens.segments import contiguous, mean_pairwise_cosine
 
 if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
-    from mmaccel.core.prefill_layers import Queries
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PruneVid(TwiceReducer):
         }
     }  # fmt: skip
     inner_depth: ClassVar[float] = 10 / 32
-    inner_queries: ClassVar[Queries] = "question"
+    inner_queries: ClassVar[Literal["last", "question"]] = "question"
 
     @property
     def neutral(self) -> bool:
