@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmaccel.targets import Target
     from mmaccel.tokens.place import Reduction
 
-__all__ = ["BEFORE_LLM", "INSIDE_LLM", "GridReducer", "prefill_touches"]
+__all__ = ["BEFORE_LLM", "INSIDE_LLM", "GridReducer", "TwiceReducer", "prefill_touches"]
 
 BEFORE_LLM = "on the visual tokens in front of the language model"
 INSIDE_LLM = "on the visual tokens between decoder layers"
@@ -104,3 +104,61 @@ class GridReducer(Method):
         )
         if self.keep == 1 and isinstance(self.keep, int):
             installer.report.note(f"{self.info.name}: keep=1 keeps one; write keep=1.0 to keep all")
+
+
+@dataclass(frozen=True)
+class TwiceReducer(GridReducer):
+    """A `GridReducer` with an inner part, which reduces what is left once more between two decoder layers.
+
+    Subclasses set `inner_depth`, the share of the depth at which their paper has it, and `inner_queries`, whose
+    attention it goes by (see `PrefillHooks.reduce_inside`).
+    """
+
+    inner_keep: float = knob(
+        0.5, "fraction of visual tokens kept at the inner layer; 1.0 switches the inner part off", above=0.0, high=1.0
+    )
+    inner_layer: int | None = knob(
+        None, "decoder layer before which the inner part works; default: as deep as in the paper", low=1
+    )
+
+    inner_depth: ClassVar[float]
+    inner_queries: ClassVar[Literal["last", "question"]] = "last"
+
+    def reduce_inside(self, tokens: VisualTokens) -> Reduction | None:
+        """The inner part on all visual tokens of a prompt; None leaves them as they are."""
+        raise NotImplementedError
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Without the inner part the decoder layers are free for another method."""
+        return self.info.slots if self._inner else tuple(slot for slot in self.info.slots if slot != INSIDE_LLM)
+
+    @property
+    def _inner(self) -> bool:
+        return self.inner_keep < 1.0 and not self.neutral
+
+    def _layer(self, depth: int) -> int:
+        return self.inner_layer if self.inner_layer is not None else max(1, round(self.inner_depth * depth))
+
+    def plan(self, target: Target) -> list[Touch]:
+        """The outer part's hooks, and the attention of one decoder layer."""
+        touches = super().plan(target)
+        layer = self._layer(target.site.depth)
+        if self._inner and layer < target.site.depth:
+            asked = "the last prompt token" if self.inner_queries == "last" else "the question"
+            touches.append(Touch(f"decoder layer {layer - 1}", f"reads q and k of {asked}, then reduces"))
+        return touches
+
+    def install(self, installer: Installer) -> None:
+        """Hand both parts to the prefill hooks; an inner layer behind the last one means no inner part."""
+        super().install(installer)
+        depth = installer.target.site.depth
+        if self._inner and self._layer(depth) >= depth:
+            installer.report.note(
+                f"{self.info.name}: inner_layer={self._layer(depth)} is behind the last of {depth} decoder layers, so "
+                "the inner part is off"
+            )
+        elif self._inner:
+            installer.prefill.reduce_inside(
+                self.info.name, self._layer(depth), self.reduce_inside, queries=self.inner_queries
+            )

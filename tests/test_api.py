@@ -25,7 +25,18 @@ def test_explain_names_what_fits_and_touches_nothing(family):
     found = mmaccel.explain(net)
     assert snapshot(net) == before
     assert (found.kind, found.family) == ("video-lm", family.name)
-    want = {"holitom", "visionzip", "fastv", "evs", "random", "uniform", "fewer-pixels"}
+    want = {
+        "holitom",
+        "visionzip",
+        "fastv",
+        "evs",
+        "dycoke",
+        "fastvid",
+        "prunevid",
+        "random",
+        "uniform",
+        "fewer-pixels",
+    }
     assert want <= set(found.touches)
     assert ("fewer-frames" in found.touches) == (family in VIDEO and family.name != "internvl")
     assert {"first-block-cache"} <= set(found.reasons)

@@ -18,6 +18,7 @@ SPECS = [
     "fastv:keep=0.4",
     "holitom:keep=0.4;tau=0.3",
     "evs:keep=0.3+fastv:keep=0.5",
+    "prunevid:keep=0.4;tau=0.3",
 ]
 FAMILIES_HERE = [FAMILIES[name] for name in ("llava-onevision", "qwen2.5-vl", "qwen3-vl")]
 
@@ -53,7 +54,7 @@ def attention(net, name):
 
 @pytest.mark.parametrize("batch", ["alone", "padded"])
 @pytest.mark.parametrize("name", ["eager", "like_flash"])
-@pytest.mark.parametrize("spec", SPECS, ids=["random", "fastv", "holitom", "evs+fastv"])
+@pytest.mark.parametrize("spec", SPECS, ids=["random", "fastv", "holitom", "evs+fastv", "prunevid"])
 @pytest.mark.parametrize("family", FAMILIES_HERE, ids=lambda family: family.name)
 def test_other_implementations_give_what_sdpa_gives(model, family, spec, name, batch):
     net, kinds = model(family), mixture(family)

@@ -30,6 +30,7 @@ SPECS = {
     "random": "random:keep=0.3;positions=original",
     "visionzip": "visionzip:keep=0.3;contextual=0.0;positions=original",
     "fastv": "fastv:keep=0.4;layer=2",
+    "prunevid": "prunevid:spatial=1.0;tau=1.0;inner_layer=2",
 }
 SOME = [FAMILIES[name] for name in ("llava", "llava-onevision", "qwen3-vl", "internvl")]
 each_family = pytest.mark.parametrize("family", ALL, ids=ids(ALL))
@@ -39,7 +40,7 @@ drop_or_fastv = pytest.mark.parametrize("method", ["random", "fastv"])
 
 
 def layer_of(method):
-    return 2 if method == "fastv" else 0
+    return 2 if method in ("fastv", "prunevid") else 0
 
 
 def both(net, inputs, method, run):
@@ -167,7 +168,9 @@ def test_chat_with_pictures_in_a_later_turn(model, family, method, kinds):
         same(got, chat(net, prompts, positions))
 
 
-@pytest.mark.parametrize("spec", ["holitom:keep=0.4;tau=0.3;contextual=0.3", "visionzip:keep=0.3", "random:keep=0.3"])
+@pytest.mark.parametrize(
+    "spec", ["holitom:keep=0.4;tau=0.3;contextual=0.3", "visionzip:keep=0.3", "random:keep=0.3", "prunevid:keep=0.3"]
+)
 @each_family
 def test_chat_of_a_padded_batch_equals_single_chats(model, family, spec):
     net, kinds = model(family), CHATS["pictures twice"](family)
@@ -312,7 +315,7 @@ def test_beam_search(model, family, method):
     same(*both(net, inputs, method, search))
 
 
-@pytest.mark.parametrize("spec", ["holitom:keep=0.3;tau=0.3;contextual=0.3", "visionzip:keep=0.3"])
+@pytest.mark.parametrize("spec", ["holitom:keep=0.3;tau=0.3;contextual=0.3", "visionzip:keep=0.3", "prunevid:keep=0.3"])
 @each_family
 def test_beams_of_a_merge_are_repeats_of_their_prompt(model, family, spec):
     net, inputs = model(family), family.inputs(mixture(family))

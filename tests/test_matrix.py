@@ -37,7 +37,11 @@ DROPS = {
     "prumerge": "prumerge:keep=0.3;neighbours=0;rest=false",
     "fastv": "fastv:keep=0.4;layer=2",
     "earlytom": "earlytom:keep=0.3;layers=;inner_keep=1.0",
+    "dycoke": "dycoke:keep=0.4",
+    "fastvid": "fastvid:keep=0.3;contextual=0.0",
+    "prunevid": "prunevid:spatial=1.0;tau=1.0;inner_layer=2",
 }
+FIRST = {"fastv": 2, "prunevid": 2}  # the decoder layer in front of which these drop
 DEFAULTS = {
     "random": "random:keep=0.3",
     "uniform": "uniform:keep=0.3",
@@ -49,6 +53,9 @@ DEFAULTS = {
     "vidcom2": "vidcom2:keep=0.3",
     "prumerge": "prumerge:keep=0.3;neighbours=4;spread=0.3",
     "fastv": "fastv:keep=0.3",
+    "dycoke": "dycoke",
+    "fastvid": "fastvid:keep=0.3;segments=2",
+    "prunevid": "prunevid:keep=0.3;tau=0.3;temporal=0.5",
     "fewer-pixels": "fewer-pixels:keep=0.3",
     "fewer-frames": "fewer-frames:keep=0.5",
     "earlytom": "earlytom:keep=0.3;tau=-1.0;layers=0/1",
@@ -111,8 +118,8 @@ def test_dropping_equals_masking(model, family, method, batch):
         tokens, steps = generate(net, inputs)
         assert handle.report().kept(method) == kept
     gone = dropped(kept, inputs)
-    assert gone.any() or (method == "evs" and family not in VIDEO)
-    with masked(net, gone, layer=2 if method == "fastv" else 0):
+    assert gone.any() or (method in ("evs", "dycoke") and family not in VIDEO)
+    with masked(net, gone, layer=FIRST.get(method, 0)):
         want = call(net, inputs).logits
         want_tokens, want_steps = generate(net, inputs)
     for row, (got, places) in enumerate(zip(rows_of(prefill, kept), kept, strict=True)):
@@ -214,7 +221,7 @@ def cells_of(places):
 
 
 @pytest.mark.parametrize("keep", [0.29, 0.5, 3, 9])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", [*EXACT, "fastvid"])
 @each_family
 def test_counts_are_exact(model, family, method, keep):
     net = model(family)
@@ -246,7 +253,7 @@ def test_fastv_counts_are_exact(model, family, keep):
         assert sum(cells_of([places[place] for place in left]).values()) == want
 
 
-@pytest.mark.parametrize("method", [*EXACT, "holitom", "fastv", "evs"])
+@pytest.mark.parametrize("method", [*EXACT, "holitom", "fastv", "evs", "dycoke", "fastvid", "prunevid"])
 def test_more_tokens_than_there_are_is_an_error_that_names_the_nearest(model, method):
     family = VIDEO[1]
     net, inputs = model(family), family.inputs("video")
@@ -256,7 +263,7 @@ def test_more_tokens_than_there_are_is_an_error_that_names_the_nearest(model, me
         pytest.raises(mmaccel.MMAccelError, match=rf"\b{n}\b"),
     ):
         call(net, inputs)
-    off = ";inner_keep=1.0;tau=1.0" if method == "holitom" else ""
+    off = ";inner_keep=1.0;tau=1.0" if method in ("holitom", "prunevid") else ""
     with mmaccel.accelerate(net, f"{method}:keep={n}{off}") as handle:
         call(net, inputs)
         assert len(handle.report().kept(method)[0]) == inputs["input_ids"].shape[1]

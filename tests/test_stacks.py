@@ -61,6 +61,8 @@ def test_a_stack_equals_two_masks(model, family):
         ("random", "random:seed=1", "random is on this model already"),
         ("random", "uniform", "uniform and random exclude each other"),
         ("holitom", "fastv", "fastv and holitom exclude each other"),
+        ("prunevid", "fastv", "fastv and prunevid exclude each other"),
+        ("dycoke", "fastvid", "exclude each other"),
         ("visionzip", "evs", "exclude each other"),
     ],
 )
@@ -80,8 +82,9 @@ def test_two_methods_in_one_place(model, first, second, message):
         call(net, inputs)
 
 
-def test_holitom_without_its_inner_part_leaves_the_layers_free(model):
+@pytest.mark.parametrize("name", ["holitom", "prunevid"])
+def test_without_its_inner_part_a_method_leaves_the_layers_free(model, name):
     net = model(FAMILIES["llava-onevision"])
-    with mmaccel.accelerate(net, "holitom:inner_keep=1.0+fastv") as handle:
+    with mmaccel.accelerate(net, f"{name}:inner_keep=1.0+fastv") as handle:
         call(net, FAMILIES["llava-onevision"].inputs("video"))
-        assert [entry["method"] for entry in handle.report().as_dict()["tokens"]] == ["holitom", "fastv"]
+        assert [entry["method"] for entry in handle.report().as_dict()["tokens"]] == [name, "fastv"]

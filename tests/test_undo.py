@@ -26,6 +26,9 @@ METHODS = [
     "prumerge:keep=0.3",
     "holitom:keep=0.3;tau=0.3",
     "fastv:keep=0.3",
+    "dycoke",
+    "fastvid:keep=0.3",
+    "prunevid:keep=0.3;tau=0.3",
     "fewer-pixels:keep=0.3",
     "fewer-frames:keep=0.5",
 ]
@@ -229,7 +232,7 @@ def test_features_that_are_not_finite_name_the_module(spec):
             assert torch.equal(call(net, inputs).logits, want)
 
 
-@pytest.mark.parametrize("spec", ["fastv:keep=0.5;layer=3", "holitom:keep=0.5"])
+@pytest.mark.parametrize("spec", ["fastv:keep=0.5;layer=3", "holitom:keep=0.5", "prunevid:keep=0.5;inner_layer=3"])
 def test_scores_that_are_not_finite_name_the_layer(spec):
     family = FAMILIES["llava-onevision"]
     net, inputs = family.build(), family.inputs("video")

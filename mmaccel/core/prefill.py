@@ -20,7 +20,7 @@ from mmaccel.core.encoding import encoding, encoding_of, note_encoding, record_s
 from mmaccel.core.forward import Calls, Count, Forward, Grid, Reduce, calls_of
 from mmaccel.core.layout import Encoded, GridLayout, ItemLayout, Site, VisualTokens
 from mmaccel.core.patching import Patcher, shared
-from mmaccel.core.prefill_layers import deepstack, fit_layer, record_last_token, reduce_after
+from mmaccel.core.prefill_layers import Queries, deepstack, fit_layer, record_attention, reduce_after
 from mmaccel.core.probe import probe_attention
 from mmaccel.core.prompt import map_tokens
 from mmaccel.core.run import current, open_around_forward, open_around_method
@@ -72,7 +72,7 @@ class PrefillHooks:
     def __init__(self, site: Site, patcher: Patcher, count: Count, note: Callable[..., None]) -> None:
         self.site, self.patcher, self.count, self.note = site, patcher, count, note
         self._before: list[_Reducer] = []
-        self._inside: list[tuple[str, int, Reduce | None]] = []
+        self._inside: list[tuple[str, int, Reduce | None, Queries]] = []
         self._fitting: set[int] = set()
 
     def reduce_before(
@@ -93,9 +93,10 @@ class PrefillHooks:
         order = (stage, next(_serial))
         self._before.append(_Reducer(order, name, reduce, score, positions, count or self.count, self.note))
 
-    def reduce_inside(self, name: str, layer: int, reduce: Reduce | None) -> None:
-        """Reduce each prompt's visual tokens before decoder layer `layer`, by the last token's attention one earlier.
+    def reduce_inside(self, name: str, layer: int, reduce: Reduce | None, *, queries: Queries = "last") -> None:
+        """Reduce each prompt's visual tokens before decoder layer `layer`, by the attention one layer earlier.
 
+        queries: whose attention, that of the last token, or the largest of the text behind the last image or video.
         The rotary table is gathered with the tokens, so positions stay the original ones.
 
         Raises:
@@ -110,7 +111,7 @@ class PrefillHooks:
             raise NotApplicableError(
                 f"{name}: layer must be in 1..{depth - 1} for this model of {depth} layers, not {layer}."
             )
-        self._inside.append((name, layer, reduce))
+        self._inside.append((name, layer, reduce, queries))
 
     def install(self) -> None:
         """Put all hooks on the model."""
@@ -135,10 +136,10 @@ class PrefillHooks:
         patcher.after(site.language_model, self._after_language_model, always=True)
         for index, layer in enumerate(site.layers):
             patcher.before(layer, fit_layer(site, index, self._fitting))
-        for name, layer, reduce in self._inside:
+        for name, layer, reduce, queries in self._inside:
             key = object()
             if reduce is not None:
-                probe_attention(patcher, site.decoder_attention(layer - 1), record_last_token(site, key))
+                probe_attention(patcher, site.decoder_attention(layer - 1), record_attention(site, key, queries))
                 together.inside.append(name)
                 patcher.on_undo(functools.partial(together.inside.remove, name))
             # ahead of the library's own hooks, which record hidden states: these are then what the next layer gets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,36 +14,57 @@ from mmaccel.core.layout import Site, VisualTokens
 from mmaccel.core.sequence import old_keys
 from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.kernels.attention_received import attention_received
-from mmaccel.tokens.place import Reduction, TokenMap, place
+from mmaccel.tokens.place import TEXT, Reduction, TokenMap, place
 
-__all__ = ["deepstack", "fit_layer", "record_last_token", "reduce_after"]
+__all__ = ["Queries", "deepstack", "fit_layer", "record_attention", "reduce_after"]
+
+Queries = Literal["last", "question"]
 
 
-def record_last_token(site: Site, key: object) -> Callable[..., None]:
-    """A listener at a decoder layer: the attention of each prompt's last token to all tokens of the call."""
+def record_attention(site: Site, key: object, queries: Queries = "last") -> Callable[..., None]:
+    """A listener at a decoder layer that notes, mean over heads, the attention to all tokens of the call.
+
+    queries: "last", the attention of each prompt's last token; "question", the largest that any of the prompt's text
+    tokens behind its last image or video pays (of the last token, where there is no such text).
+    """
 
     @torch.no_grad()
     def listen(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, call: dict[str, Any]) -> None:
         calls = calls_of(site)
         if calls is None or calls.forward.tokens is None:
             return
-        valid = calls.forward.tokens.valid.to(keys.device)
-        S, Sk = valid.shape[1], keys.shape[2]
-        last = S - 1 - valid.flip(1).int().argmax(1) - calls.guessed
-        rows = torch.arange(len(last), device=keys.device)
-        visible = torch.ones(len(last), Sk, dtype=torch.bool, device=keys.device)
-        visible[:, Sk - S :] = valid & (torch.arange(S, device=keys.device) <= last[:, None])
-        if mask is not None and mask.dim() == 4:
-            seen = mask.to(keys.device).expand(len(last), *mask.shape[1:])[rows, 0, last, :Sk]
-            visible &= seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        elif mask is not None and mask.dim() == 2:
-            visible &= mask[:, -Sk:].bool()
-        received = attention_received(
-            query[rows, :, last].unsqueeze(2), keys, key_padding=visible, scale=call.get("scaling")
-        )
-        calls.forward.inner_scores[key] = received[:, Sk - S :]
+        tokens = calls.forward.tokens
+        valid = tokens.valid.to(keys.device)
+        last = valid.shape[1] - 1 - valid.flip(1).int().argmax(1) - calls.guessed
+        received = _attention_of(last, query, keys, valid, mask, call)
+        if queries == "question":
+            shown = (tokens.item.to(keys.device) != TEXT) & valid
+            number = last - (shown * torch.arange(1, valid.shape[1] + 1, device=keys.device)).amax(1) + 1
+            for back in range(1, int(number.max())):
+                earlier = _attention_of((last - back).clamp_min(0), query, keys, valid, mask, call)
+                asked = (number > back)[:, None]
+                received = torch.where(asked, torch.maximum(received, earlier), received)
+        calls.forward.inner_scores[key] = received
 
     return listen
+
+
+def _attention_of(
+    at: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None,
+    call: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """float32 [B, S]: the attention of the token at [B] of each row to the tokens of the call, mean over heads."""
+    S, Sk = valid.shape[1], keys.shape[2]
+    rows = torch.arange(len(at), device=keys.device)
+    visible = torch.ones(len(at), Sk, dtype=torch.bool, device=keys.device)
+    visible[:, Sk - S :] = valid & (torch.arange(S, device=keys.device) <= at[:, None])
+    if mask is not None and mask.dim() == 4:
+        seen = mask.to(keys.device).expand(len(at), *mask.shape[1:])[rows, 0, at, :Sk]
+        visible &= seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    elif mask is not None and mask.dim() == 2:
+        visible &= mask[:, -Sk:].bool()
+    received = attention_received(query[rows, :, at].unsqueeze(2), keys, key_padding=visible, scale=call.get("scaling"))
+    return received[:, Sk - S :]
 
 
 def reduce_after(site: Site, name: str, layer: int, reduce: Reduce | None, key: object, count: Count) -> Any:

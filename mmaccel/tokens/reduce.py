@@ -27,6 +27,7 @@ __all__ = [
     "bipartite",
     "drop",
     "joined",
+    "merge_as_weighted",
     "merge_by_assignment",
     "merge_dropped_into_kept",
     "merge_to_centres",
@@ -105,6 +106,19 @@ def merge_by_assignment(assignment: torch.Tensor, n_out: int, size: torch.Tensor
     return _mean(first.masked_fill(first == N, -1), assignment, size)
 
 
+def merge_as_weighted(kept: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor) -> Merge:
+    """Put the outputs of one item, found group by group in any order, into the order of the tokens that they stand at.
+
+    kept: int64 (K,), distinct; assignment: int64 (N,), numbers of entries of `kept`, -1 for tokens that vanish; weight:
+    float32 (N,), summing to 1 over the tokens of an output. The merge has one item, its `kept` ascends.
+    """
+    kept, order = kept.sort()
+    number = torch.cat([order.argsort(), order.new_full((1,), -1)])
+    assignment = number[assignment]
+    sizes = torch.bincount(assignment[assignment >= 0], minlength=len(kept)).float()
+    return Merge(kept[None], assignment[None], weight.float().masked_fill(assignment < 0, 0)[None], sizes[None])
+
+
 def nearest_centre(
     x: torch.Tensor,
     centres: torch.Tensor,
@@ -142,12 +156,14 @@ def merge_to_centres(
     mask: torch.Tensor | None = None,
     size: torch.Tensor | None = None,
     metric: Literal["cosine", "euclidean"] = "euclidean",
+    with_centre: bool = False,
 ) -> Merge:
     """Merge every token into its nearest centre: `beta * centre + (1 - beta) * mean(members)`.
 
     x (B, N, D) is what nearness is measured in; centres (B, K) are positions, -1 for none; members are the tokens of a
     centre without itself, weighted alike; a centre without members stays as it is. Where an item has no centre, its
-    tokens vanish. Sizes are counted, not used as weights. Cluster merge of HoliTom (2025).
+    tokens vanish. Sizes are counted, not used as weights. Cluster merge of HoliTom (2025). `with_centre` counts the
+    centre among its n members, and beta is then at least 1 / (n + 1), as in FastVID (2025).
     """
     if not 0 <= beta <= 1:
         raise MethodError(f"beta={beta} must be in [0, 1]")
@@ -155,8 +171,14 @@ def merge_to_centres(
     plain = _mean(centres, assignment, None)
     centre = mask_of(centres, x.shape[1])
     members = plain.sizes.gather(1, assignment.clamp_min(0)) - 1 if centres.shape[1] else plain.weight
-    weight = torch.where(centre, beta, (1 - beta) / members.clamp_min(1))
-    weight = torch.where(centre & (members == 0), 1.0, weight).masked_fill(assignment < 0, 0)
+    if with_centre:
+        members = members + 1
+        own = (1 / (members + 1)).clamp_min(beta)
+        weight = torch.where(members == 1, 1.0, (1 - own) / members.clamp_min(1) + own * centre)
+    else:
+        weight = torch.where(centre, beta, (1 - beta) / members.clamp_min(1))
+        weight = torch.where(centre & (members == 0), 1.0, weight)
+    weight = weight.masked_fill(assignment < 0, 0)
     return Merge(centres, assignment, weight, _mean(centres, assignment, size).sizes)
 
 

@@ -197,15 +197,21 @@ def dpp(
 
 
 def density_peaks(
-    x: torch.Tensor, k: int | torch.Tensor, *, mask: torch.Tensor | None = None, neighbours: int = 7
+    x: torch.Tensor,
+    k: int | torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    neighbours: int = 7,
+    at_most_k: bool = True,
 ) -> torch.Tensor:
     """Choose k cluster centres: tokens in dense places, far from any denser token. x (B, N, D) to (B, K).
 
     With d the euclidean distance over sqrt(D): density = exp(-mean of d^2 to the min(neighbours, k) nearest, itself
-    included); the score is the density times the distance to the nearest denser token (the largest distance of all for
-    the densest). Equal densities count as falling with the position, where HoliTom's code adds random noise. Distances
-    below 0.3 % of the features' length are taken as 0. Holds a matrix (B, N, N). Du et al., "Study on Density Peaks
-    Clustering Based on k-Nearest Neighbors" (2016), as used by HoliTom (2025).
+    included, or with `at_most_k` off to the `neighbours` nearest for every k); the score is the density times the
+    distance to the nearest denser token (the largest distance of all for the densest). Equal densities count as falling
+    with the position, where HoliTom's code adds random noise. Distances below 0.3 % of the features' length are taken
+    as 0. Holds a matrix (B, N, N). Du et al., "Study on Density Peaks Clustering Based on k-Nearest Neighbors" (2016),
+    as used by HoliTom (2025).
     """
     if neighbours < 1:
         raise MethodError(f"neighbours={neighbours} must be at least 1")
@@ -219,7 +225,8 @@ def density_peaks(
 
     near = squared.masked_fill(~both, torch.inf).topk(min(neighbours, N), largest=False, sorted=True).values
     # Rows may ask for different k, and near rows may run out of valid tokens.
-    taken = torch.minimum(counts, eligible.sum(1)).clamp(1, neighbours)[:, None, None]
+    there = eligible.sum(1)
+    taken = (torch.minimum(counts, there) if at_most_k else there).clamp(1, neighbours)[:, None, None]
     counted = torch.arange(near.shape[-1], device=x.device) < taken
     log_density = -near.masked_fill(~counted, 0).sum(-1) / taken[..., 0]
 

@@ -39,3 +39,17 @@ def scene(T, S, D=16, *, still=0.5, cuts=(), seed=0):
 
 def cosine(a, b):
     return float((a @ b) / (a.norm() * b.norm()))
+
+
+def peaks(x, candidates, number, neighbours):
+    """Density peaks by loops: `number` of `candidates` (indices into x [N, D]), ascending; ties to the lower index."""
+    candidates = sorted(candidates)
+    apart = {(i, j): float((x[i] - x[j]).norm()) / x.shape[1] ** 0.5 for i in candidates for j in candidates}
+    density, score = {}, {}
+    for i in candidates:
+        near = sorted(apart[i, j] ** 2 for j in candidates)[:neighbours]
+        density[i] = 2.718281828459045 ** (-sum(near) / len(near))
+    for i in candidates:
+        denser = [apart[i, j] for j in candidates if (density[j], -j) > (density[i], -i)]
+        score[i] = density[i] * (min(denser) if denser else max(apart.values()))
+    return sorted(sorted(candidates, key=lambda i: (-score[i], i))[:number])

@@ -99,7 +99,7 @@ def test_a_constant_field_stays_what_it_is():
     for method in (HoliTom(keep=0.1), HoliTom(keep=0.1, tau=1.0, contextual=0.5), HoliTom(temporal_only=True)):
         out = method.reduce(tokens).apply(tokens.features)
         torch.testing.assert_close(out, x[0, :1].expand_as(out))
-    inner = HoliTom().merge_inside(tokens)
+    inner = HoliTom().reduce_inside(tokens)
     out = inner.apply(tokens.features)
     torch.testing.assert_close(out, x[0, :1].expand_as(out))
 
@@ -159,7 +159,7 @@ def test_text_between_frames_keeps_every_survivor_in_its_frame():
 
 def test_the_inner_part_averages_dropped_tokens_into_the_kept_one_most_like_them():
     x, score = noise(1, 21, 6), noise(1, 21, seed=1)
-    reduction = HoliTom(inner_keep=0.4).merge_inside(video(x, score))
+    reduction = HoliTom(inner_keep=0.4).reduce_inside(video(x, score))
     kept = sorted(sorted(range(21), key=lambda i: -float(score[0, i]))[: round(21 * 0.4)])
     assert reduction.index.tolist() == kept
     groups = {k: [x[0, k]] for k in kept}
@@ -168,7 +168,7 @@ def test_the_inner_part_averages_dropped_tokens_into_the_kept_one_most_like_them
             groups[max(kept, key=lambda k, i=i: cosine(x[0, i], x[0, k]))].append(x[0, i])
     want = torch.stack([torch.stack(groups[k]).mean(0) for k in kept])
     torch.testing.assert_close(reduction.apply(x[0]), want)
-    assert HoliTom(inner_keep=1.0).merge_inside(video(x, score)) is None
+    assert HoliTom(inner_keep=1.0).reduce_inside(video(x, score)) is None
 
 
 def test_something_is_left_of_a_still_video_at_any_budget():

@@ -12,6 +12,7 @@ from mmaccel.tokens.reduce import (
     bipartite,
     drop,
     joined,
+    merge_as_weighted,
     merge_by_assignment,
     merge_dropped_into_kept,
     merge_to_centres,
@@ -127,6 +128,39 @@ def test_a_lonely_centre_stays_bit_for_bit_and_no_centre_means_none_survive():
     for beta in (-0.1, 1.1):
         with pytest.raises(MethodError):
             merge_to_centres(x, torch.tensor([[0]]), beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.6, 1.0])
+def test_a_centre_that_counts_among_its_members_has_a_least_weight(beta):
+    x, centres = features(1, 9, 4), [1, 4, 8]
+    x[0, 8] = 50
+    merge = merge_to_centres(x, torch.tensor([centres]), beta=beta, with_centre=True)
+    got = merge.merge(x)[0]
+    members = {c: [c] for c in centres}
+    for n in range(9):
+        if n not in centres:
+            members[min(centres, key=lambda c: float((x[0, n] - x[0, c]).norm()))].append(n)
+    assert len(members[8]) == 1 < len(members[1])
+    assert torch.equal(got[2], x[0, 8])
+    for j, c in enumerate(centres):
+        own = max(beta, 1 / (len(members[c]) + 1))
+        near(got[j], own * x[0, c] + (1 - own) * x[0, members[c]].mean(0))
+        assert merge.sizes[0, j] == len(members[c])
+
+
+def test_outputs_found_in_any_order_are_put_into_that_of_their_tokens():
+    x = features(1, 6, 3)
+    kept, assignment = torch.tensor([4, 0, 2]), torch.tensor([1, 0, 2, -1, 0, 1])
+    weight = torch.tensor([0.25, 0.9, 1.0, 7.0, 0.1, 0.75])
+    merge = merge_as_weighted(kept, assignment, weight)
+    assert merge.kept.tolist() == [[0, 2, 4]]
+    want = torch.stack([0.25 * x[0, 0] + 0.75 * x[0, 5], x[0, 2], 0.9 * x[0, 1] + 0.1 * x[0, 4]])
+    near(merge.merge(x)[0], want)
+    assert merge.sizes.tolist() == [[2, 1, 2]]
+    reduction = merge.reduction(0)
+    assert reduction.index.tolist() == [0, 2, 4]
+    near(reduction.apply(x[0]), want)
+    assert torch.equal(reduction.apply(x[0])[1], x[0, 2])
 
 
 def test_merge_dropped_into_kept_is_one_mean():

@@ -256,12 +256,12 @@ def test_dpp_beyond_the_rank_takes_the_lowest_positions():
         select.dpp(x, 2, scores=torch.tensor([[0.0, -0.1, 0.0, 0.0, 0.0]]))
 
 
-def naive_density_peaks(x, eligible, c, neighbours):
+def naive_density_peaks(x, eligible, c, neighbours, at_most=None):
     """The card's formula with Python numbers; equal densities fall with the position."""
     d = {(i, j): float((x[i] - x[j]).norm()) / math.sqrt(x.shape[1]) for i in eligible for j in eligible}
     density = {}
     for i in eligible:
-        near = sorted(d[i, j] ** 2 for j in eligible)[: min(neighbours, c)]
+        near = sorted(d[i, j] ** 2 for j in eligible)[: min(neighbours, c if at_most is None else at_most)]
         density[i] = math.exp(-sum(near) / len(near))
     score = {}
     for i in eligible:
@@ -280,6 +280,9 @@ def test_density_peaks(seed, neighbours):
     got = rows_of(select.density_peaks(x, counts, mask=mask, neighbours=neighbours))
     for b, c in enumerate(counts.tolist()):
         assert got[b] == naive_density_peaks(x[b], mask[b].nonzero().flatten().tolist(), c, neighbours)
+    got = rows_of(select.density_peaks(x, counts, mask=mask, neighbours=neighbours, at_most_k=False))
+    for b, c in enumerate(counts.tolist()):
+        assert got[b] == naive_density_peaks(x[b], mask[b].nonzero().flatten().tolist(), c, neighbours, at_most=99)
 
 
 def test_density_peaks_finds_the_middle_of_each_cluster():
