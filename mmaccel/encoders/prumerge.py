@@ -16,6 +16,8 @@ from mmaccel.tokens.place import Mix, Reduction
 if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
 
+_ABSORBED = 32 / 576  # the paper's neighbours, of the tokens of its images
+
 
 @dataclass(frozen=True)
 class PruMerge(GridReducer):
@@ -29,13 +31,18 @@ class PruMerge(GridReducer):
     ranges, at least one, and one for the rest; `keep` is not used then, and the report shows what was reached.
 
     Differs from the paper: likeness is the cosine of projected features, because the encoder's keys have no counterpart
-    after pooling or patch merging. A merged token is divided by the sum of its weights (1 for itself, the share of the
-    frame's attention for others), where the authors' code adds up. The token for the rest is part of the budget, left
-    out where a frame has one token, and stands at the dropped token with most attention (all inferred). The evenly
-    spaced tokens are a share of the kept ones; the authors' code spaces three for each that stands out.
+    after pooling or patch merging. `neighbours` is in proportion to the tokens of a frame. A merged token is divided by
+    the sum of its weights (1 for itself, the share of the frame's attention for others), where the authors' code adds
+    up. The token for the rest is part of the budget, left out where a frame has one token, and stands at the dropped
+    token with most attention (all inferred). The evenly spaced tokens are a share of the kept ones; the authors' code
+    spaces three for each that stands out.
     """
 
-    neighbours: int = knob(32, "tokens that each kept one takes in; 0 leaves kept tokens as they are", low=0)
+    neighbours: int | None = knob(
+        None,
+        "tokens that each kept one takes in, 0 for none; default 1/18 of the frame's, the paper's 32 of 576",
+        low=0,
+    )
     spread: float = knob(0.0, 'share of the kept tokens that is evenly spaced, for the "+" variant', low=0.0, high=1.0)
     rest: bool = knob(True, "one token of each frame is the mean of all that were dropped, weighted by attention")
     adaptive: bool = knob(False, "the paper's number of tokens, those that stand out by attention: keep is not used")
@@ -47,8 +54,8 @@ class PruMerge(GridReducer):
         targets=("video-lm",), slots=(BEFORE_LLM,), needs=("vision attention",), licence="no licence file found",
     )  # fmt: skip
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "llava": {"adaptive": True, "source": "authors' code"},
-        "llava plus": {"adaptive": True, "spread": 0.75, "source": "authors' code: three spaced for each outlier"},
+        "llava": {"adaptive": True, "neighbours": 32, "source": "authors' code"},
+        "llava plus": {"adaptive": True, "neighbours": 32, "spread": 0.75, "source": "authors' code: 3 an outlier"},
     }  # fmt: skip
     needs_scores: ClassVar[bool] = True
 
@@ -56,6 +63,9 @@ class PruMerge(GridReducer):
         super().__post_init__()
         if self.adaptive and self.spread == 1.0:
             raise MethodError("prumerge: spread=1.0 leaves adaptive no token to count by; give a spread below 1.")
+
+    def _neighbours(self, S: int) -> int:
+        return max(1, round(S * _ABSORBED)) if self.neighbours is None else self.neighbours
 
     @property
     def neutral(self) -> bool:
@@ -90,7 +100,7 @@ class PruMerge(GridReducer):
         kept = torch.cat([top[0], others[select.evenly_spaced(len(others), spaced, x.device)]]).sort().values
         total = score.sum()
         share = score / total if total > 0 else torch.full_like(score, 1 / len(score))
-        merged = reduce.absorb_nearest(x, kept, share, self.neighbours)
+        merged = reduce.absorb_nearest(x, kept, share, self._neighbours(len(x)))
         return _with_rest(merged, share) if last else merged
 
 

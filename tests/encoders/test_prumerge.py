@@ -60,6 +60,15 @@ def test_the_most_attended_tokens_take_in_those_most_like_them(neighbours, rest,
     assert (reduction.mix is None) == (neighbours == 0 and not rest)
 
 
+@pytest.mark.parametrize(("S", "neighbours"), [(576, 32), (196, 11), (36, 2), (4, 1), (2, 1)])
+def test_by_default_a_kept_token_takes_in_the_papers_share_of_the_others(S, neighbours):
+    tokens = video(noise(2, S, 6), noise(2, S, seed=1).abs())
+    by_share, by_number = PruMerge(keep=0.5).reduce(tokens), PruMerge(keep=0.5, neighbours=neighbours).reduce(tokens)
+    assert torch.equal(by_share.index, by_number.index)
+    for name in ("rows", "cols", "weights"):
+        assert torch.equal(getattr(by_share.mix, name), getattr(by_number.mix, name))
+
+
 def test_part_of_the_kept_tokens_is_evenly_spaced_among_the_others():
     S = 30
     x, score = noise(1, S, 6).double(), noise(1, S, seed=1).abs()
