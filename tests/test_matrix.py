@@ -42,6 +42,7 @@ DEFAULTS = {
     "fastv": "fastv:keep=0.3",
     "fewer-pixels": "fewer-pixels:keep=0.3",
     "fewer-frames": "fewer-frames:keep=0.5",
+    "tome": "tome:keep=0.4",
 }
 each_family = pytest.mark.parametrize("family", ALL, ids=ids(ALL))
 each_drop = pytest.mark.parametrize("method", DROPS)
@@ -49,6 +50,8 @@ each_method = pytest.mark.parametrize("method", DEFAULTS)
 
 
 def fits(family, method):
+    if method == "tome" and family.name.startswith("qwen"):
+        pytest.skip("the family packs patches")
     if method == "fewer-frames" and (family not in VIDEO or family.name == "internvl"):
         pytest.skip("the family encodes images only")
 
@@ -163,7 +166,8 @@ def test_padded_batch_equals_single_prompts(model, family, method):
     net, kinds = model(family), mixture(family)
     with mmaccel.accelerate(net, DEFAULTS[method]) as handle:
         tokens, steps = generate(net, family.inputs(kinds), steps=3)
-        kept = handle.report().kept(method)
+        tokens_stay = method == "tome"
+        kept = None if tokens_stay else handle.report().kept(method)
         pads = (family.inputs(kinds)["attention_mask"] == 0).sum(1).tolist()
         for row, pad in enumerate(pads):
             alone = family.inputs(kinds, row=row)
@@ -171,7 +175,7 @@ def test_padded_batch_equals_single_prompts(model, family, method):
             for got, expected in zip(steps, logits, strict=True):
                 close(got[row], expected[0])
             assert torch.equal(tokens[row, -4:], one[0, -4:])
-            if kinds[row] != "text":
+            if kinds[row] != "text" and kept is not None:
                 assert handle.report().kept(method) == [[place - pad for place in kept[row]]]
 
 

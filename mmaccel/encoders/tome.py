@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from mmaccel.core.token_merging import merge_tokens
 from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 from mmaccel.reducer import INSIDE_ENCODER
@@ -87,8 +86,8 @@ class ToMe(Method):
         missing = total - sum(counts)
         if report is not None and self.r is None and missing:
             report.note(
-                f"tome: keep={self.keep} asks for {n - total} of {n} patches, and {blocks} blocks that merge half at most "
-                f"leave {n - total + missing}"
+                f"tome: keep={self.keep} asks for {n - total} of {n} patches, and {blocks} blocks that merge at most "
+                f"half of theirs leave {n - total + missing}"
             )
         return counts
 
@@ -112,6 +111,8 @@ class ToMe(Method):
 
     def install(self, installer: Installer) -> None:
         """Wrap the blocks."""
+        from mmaccel.core.token_merging import merge_tokens
+
         target, report = installer.target, installer.report
         encoder = _encoder(target)
         if self.neutral:

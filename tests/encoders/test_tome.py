@@ -147,7 +147,9 @@ class ByHand:
         new = x.clone()
         for b, groups in enumerate(self.groups):
             count = self.counts[number]
-            pairs = match_by_hand(list(groups), self.keys[b], self.prefix, count if isinstance(count, int) else count[b])
+            pairs = match_by_hand(
+                list(groups), self.keys[b], self.prefix, count if isinstance(count, int) else count[b]
+            )
             joined = {}
             for source, destination in pairs:
                 joined.setdefault(destination, []).append(source)
@@ -419,7 +421,7 @@ def test_a_call_for_features_of_another_layer_is_refused():
     net, inputs = family.build(), family.inputs("image")
     with torch.no_grad(), mmaccel.accelerate(net, "tome"):
         net.model.get_image_features(inputs["pixel_values"], vision_feature_layer=-2)
-        with pytest.raises(NotApplicableError, match="vision layer 3.*layer 2"):
+        with pytest.raises(NotApplicableError, match=r"vision layer 3.*layer 2"):
             net.model.get_image_features(inputs["pixel_values"], vision_feature_layer=-1)
         with pytest.raises(NotApplicableError, match=r"several vision layers \(-2, -1\)"):
             net.model.get_image_features(inputs["pixel_values"], vision_feature_layer=[-2, -1])
