@@ -50,8 +50,6 @@ each_method = pytest.mark.parametrize("method", DEFAULTS)
 
 
 def fits(family, method):
-    if method == "tome" and family.name.startswith("qwen"):
-        pytest.skip("the family packs patches")
     if method == "fewer-frames" and (family not in VIDEO or family.name == "internvl"):
         pytest.skip("the family encodes images only")
 

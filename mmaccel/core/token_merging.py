@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,27 +26,34 @@ from mmaccel.errors import MMAccelError, NotApplicableError
 from mmaccel.kernels.dispatch import recording
 from mmaccel.tokens.reduce import Merge, bipartite
 
-__all__ = ["merge_tokens"]
+__all__ = ["Merger", "MergingCall", "identity", "merge_tokens", "some"]
 
 # n patches, L blocks -> how many tokens each block merges away
 Plan = Callable[[int, int], list[int]]
 
 
 @dataclass
-class _Call:
+class MergingCall:
     """What one call of an encoder has merged so far.
 
-    counts: for each block how many tokens merge, one int or int64 [images]. merge: from the tokens that went in to
-    those of now, None while these are the same and all are valid.
+    arguments: those of the encoder's forward. counts: for each block how many tokens merge, one int or int64 [images].
+    merge: from the tokens that went in to those of now, None while these are the same and all are valid. patches: how
+    many went in. tokens: of each block, over all images, those in attention, those in the MLP, and pairs of queries and
+    keys, now and in the dense model. whole: (tokens, C) of what went in. Where patches are packed: `held` is what a
+    block made, if it had to hand out the whole grid, `first` the number of each frame's first group.
     """
 
     inside: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     counts: list[int | torch.Tensor] = field(default_factory=list)
     merge: Merge | None = None
     merged: bool = False
-    shape: tuple[int, int, int] = (0, 0, 0)
+    images: int = 0
     patches: int = 0
-    tokens: list[tuple[int, int]] = field(default_factory=list)
+    whole: tuple[int, int] = (0, 0)
+    tokens: list[tuple[int, int, int, int]] = field(default_factory=list)
+    held: torch.Tensor | None = None
+    first: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 def merge_tokens(patcher: Patcher, encoder: Encoder, plan: Plan, name: str, report: Any) -> None:
@@ -55,17 +62,22 @@ def merge_tokens(patcher: Patcher, encoder: Encoder, plan: Plan, name: str, repo
     Pairs are those of ToMe's bipartite matching by head-mean keys, means and attention are weighted by size. Calls of
     the encoder, their time and FLOPs are entered in `report` under `name`.
     """
-    merger = _Merger(encoder, plan, name, report)
+    from mmaccel.core.packed_merging import PackedMerger
+
+    merger = (PackedMerger if encoder.packed else Merger)(encoder, plan, name, report)
     # timm's users call the second one by itself
     for method in ("forward", "forward_features"):
         if callable(getattr(encoder.module, method, None)):
-            patcher.wrap(encoder.module, method, merger.around_call)
+            signature = inspect.signature(getattr(encoder.module, method))
+            patcher.wrap(encoder.module, method, merger.around_call(signature))
     for number in range(encoder.last + 1):
         block = encoder.blocks[number].module
         patcher.wrap(block, "forward", merger.around_block(number, inspect.signature(block.forward)))
 
 
-class _Merger:
+class Merger:
+    """The wrappers of one encoder that takes images as a batch [images, tokens, C]."""
+
     def __init__(self, encoder: Encoder, plan: Plan, name: str, report: Any) -> None:
         self.encoder, self.plan, self.name, self.report = encoder, plan, name, report
         self.weights = [
@@ -73,24 +85,28 @@ class _Merger:
             for block in encoder.blocks[: encoder.last + 1]
         ]
 
-    def around_call(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep the state of one call of the encoder."""
-        with opened(self.encoder.module) as run:
-            state = run.get(_Call)
-            if state.inside:
-                return call(*args, **kwargs)
-            state.inside = True
-            _refuse_checkpoints(self.encoder.module)
-            start = time.perf_counter()
-            try:
-                with recording() as events:
-                    output = call(*args, **kwargs)
-            finally:
-                run.drop(_Call)
-            self.report.spend("vision encoder", time.perf_counter() - start)
-            for event in events:
-                self.report.kernel(event.op, event.backend, event.reason)
-            return output
+    def around_call(self, signature: inspect.Signature) -> Callable[..., Any]:
+        """A wrapper of the encoder's forward that keeps the state of one call."""
+
+        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+            with opened(self.encoder.module) as run:
+                state = run.get(MergingCall)
+                if state.inside:
+                    return call(*args, **kwargs)
+                state.inside, state.arguments = True, signature.bind(*args, **kwargs).arguments
+                start = time.perf_counter()
+                try:
+                    _refuse_checkpoints(self.encoder.module)
+                    with recording() as events:
+                        output = call(*args, **kwargs)
+                finally:
+                    run.drop(MergingCall)
+                self.report.spend("vision encoder", time.perf_counter() - start)
+                for event in events:
+                    self.report.kernel(event.op, event.backend, event.reason)
+                return output
+
+        return around
 
     def around_block(self, number: int, signature: inspect.Signature) -> Callable[..., Any]:
         """A wrapper of the forward of block `number`."""
@@ -98,7 +114,7 @@ class _Merger:
 
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             run = current(self.encoder.module)
-            state = run.get(_Call) if run is not None else None
+            state = run.get(MergingCall) if run is not None else None
             if state is None or not state.inside:
                 self.report.note(
                     f"{self.name}: a block ran outside of the encoder's forward, where nothing says which tokens "
@@ -109,32 +125,42 @@ class _Merger:
             x = next(iter(given.values()))
             if number == 0:
                 self.start(state, x, given)
-            if not (state.merged or _some(state.counts[number])):
+            if not (state.merged or some(state.counts[number])):
                 output = call(*args, **kwargs)
-                state.tokens.append((x.shape[1], x.shape[1]))
+                n, pairs = state.whole[0], self.pairs(state, given)
+                state.tokens.append((n, n, pairs, pairs))
             else:
-                output = self.compute(block, x, state, number)
+                output = self.compute(block, x, state, number, given)
             if number == last:
                 self.finish(state)
             return output
 
         return around
 
-    def start(self, state: _Call, x: torch.Tensor, given: dict[str, Any]) -> None:
+    def start(self, state: MergingCall, x: torch.Tensor, given: dict[str, Any]) -> None:
         """Look at what comes into the first block, and decide how many tokens each block merges."""
         if given.get("is_causal"):
             raise NotApplicableError(f"{self.name} merges tokens that see each other; this call asks for is_causal.")
         B, N = x.shape[:2]
         valid = self.valid(given.get("attention_mask", given.get("attn_mask")), B, N)
-        prefix, blocks = self.encoder.prefix, self.encoder.last + 1
-        patches = [N - prefix] * B if valid is None else valid[:, prefix:].sum(1).tolist()
-        plans = {n: self.plan(n, blocks) for n in set(patches)}
+        prefix = self.encoder.prefix
+        self.begin(state, x, [N - prefix] * B if valid is None else valid[:, prefix:].sum(1).tolist())
+        state.merge = None if valid is None else identity(valid)
+        state.whole = B * N, x.shape[2]
+
+    def begin(self, state: MergingCall, x: torch.Tensor, patches: list[int]) -> None:
+        """Plan the merges of images with so many patches."""
+        plans = {n: self.plan(n, self.encoder.last + 1) for n in set(patches)}
         if len(plans) == 1:
             state.counts = list(plans.popitem()[1])
         else:
             state.counts = list(torch.tensor([plans[n] for n in patches], device=x.device).T)
-        state.merge = None if valid is None else _identity(valid)
-        state.merged, state.shape, state.patches, state.tokens = False, (B, N, x.shape[2]), sum(patches), []
+        state.merged, state.patches, state.tokens, state.held = False, sum(patches), [], None
+        state.images = len(patches)
+
+    def pairs(self, state: MergingCall, given: Mapping[str, Any]) -> int:  # noqa: ARG002
+        """How many pairs of a query and a key the dense block computes."""
+        return state.whole[0] ** 2 // state.images
 
     def valid(self, mask: Any, B: int, N: int) -> torch.Tensor | None:
         """bool [B, N] of an attention mask that hides padding, None if there is no padding."""
@@ -152,27 +178,33 @@ class _Merger:
             f"another one ({type(mask).__name__}{f' {tuple(mask.shape)}' if isinstance(mask, torch.Tensor) else ''})."
         )
 
-    def compute(self, block: Block, x: torch.Tensor, state: _Call, number: int) -> torch.Tensor:
+    def compute(
+        self, block: Block, x: torch.Tensor, state: MergingCall, number: int, given: Mapping[str, Any]
+    ) -> torch.Tensor:
         """One block from its parts, with its merge between attention and MLP; at the last block unmerged."""
-        merge, n = state.merge, x.shape[1]
-        if n != (state.shape[1] if merge is None else merge.kept.shape[1]):
-            raise MMAccelError(
-                f"{self.name}: something between the blocks of {self.encoder.path} changes the number of tokens ({n}); "
-                "remove it, or this method."
-            )
+        merge, (B, n) = state.merge, x.shape[:2]
+        self.expect(n, state.whole[0] // B if merge is None else merge.kept.shape[1])
         h = block.norm1(x)
         query, key, value = block.query(h), block.key(h), block.value(h)
         self.show(block, query, key, state)
         # tokens of size 0 are padding: nobody sees them
         bias = None if merge is None else merge.sizes.log()[:, None, None]
         x = x + block.attend(query, key, value, bias)
-        if _some(state.counts[number]):
+        if some(state.counts[number]):
             step = self.match(key, state.counts[number], merge)
             x = step.merge(x)
             state.merge, state.merged = step if merge is None else merge.then(step), True
-        state.tokens.append((n, x.shape[1]))
+        state.tokens.append((B * n, B * x.shape[1], B * n * n, self.pairs(state, given)))
         x = x + block.mlp(block.norm2(x))
         return x if number < self.encoder.last else self.unmerge(x, state)
+
+    def expect(self, n: int, wanted: int) -> None:
+        """Raise where a block gets another number of tokens than the one before has left."""
+        if n != wanted:
+            raise MMAccelError(
+                f"{self.name}: something between the blocks of {self.encoder.path} changes the number of tokens "
+                f"({wanted} to {n}); remove it, or this method."
+            )
 
     @torch.no_grad()
     def match(self, key: torch.Tensor, count: int | torch.Tensor, merge: Merge | None) -> Merge:
@@ -183,11 +215,11 @@ class _Merger:
         size = None if merge is None else merge.sizes
         return bipartite(metric, count, protect=protect, mask=None if size is None else size > 0, size=size)
 
-    def unmerge(self, x: torch.Tensor, state: _Call) -> torch.Tensor:
+    def unmerge(self, x: torch.Tensor, state: MergingCall) -> torch.Tensor:
         """Give each token that went in the value of the one it went into."""
         return x if state.merge is None or not state.merged else state.merge.unmerge(x)
 
-    def show(self, block: Block, query: torch.Tensor, key: torch.Tensor, state: _Call) -> None:
+    def show(self, block: Block, query: torch.Tensor, key: torch.Tensor, state: MergingCall) -> None:
         """Show queries and keys of all patches to who reads the attention of this block.
 
         Attention among unmerged tokens gives each patch its share of what the merged token receives.
@@ -196,24 +228,26 @@ class _Merger:
             q, k = (heads_of(self.unmerge(tokens_of(t), state), t.shape[1]) for t in (query, key))
             listen(q, k, None, {"scaling": block.scale})
 
-    def finish(self, state: _Call) -> None:
+    def finish(self, state: MergingCall) -> None:
         """Enter the call in the report."""
-        B, N, C = state.shape
-        left = B * N if state.merge is None else int((state.merge.kept >= 0).sum())
-        self.report.count(self.name, "inside the vision encoder", state.patches, left - B * self.encoder.prefix)
+        (N, C), joined = state.whole, self.encoder.merge**2 if self.encoder.packed else 1
+        left = N // joined if state.merge is None else int((state.merge.kept >= 0).sum())
+        left -= state.images * self.encoder.prefix
+        self.report.count(self.name, "inside the vision encoder", state.patches * joined, left * joined)
         spent = dense = 0.0
-        for (attention, mlp), (n, m) in zip(self.weights, state.tokens, strict=True):
-            spent += 2 * n * attention + 4 * n * n * C + 2 * m * mlp
-            dense += 2 * N * (attention + mlp) + 4 * N * N * C
-        self.report.compute("vision encoder", B * spent, B * dense)
+        for (attention, mlp), (n, m, pairs, before) in zip(self.weights, state.tokens, strict=True):
+            spent += 2 * n * attention + 4 * pairs * C + 2 * m * mlp
+            dense += 2 * N * (attention + mlp) + 4 * before * C
+        self.report.compute("vision encoder", spent, dense)
 
 
-def _some(count: Any) -> bool:
+def some(count: Any) -> bool:
+    """Whether any image merges anything."""
     return bool((count > 0).any()) if isinstance(count, torch.Tensor) else count > 0
 
 
-def _identity(valid: torch.Tensor) -> Merge:
-    """Nothing has merged yet, and only valid tokens (bool [B, N]) take part."""
+def identity(valid: torch.Tensor) -> Merge:
+    """The merge of nothing, in which only valid tokens, bool [B, N], take part."""
     itself = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape).masked_fill(~valid, -1)
     return Merge(itself, itself, valid.float(), valid.float())
 

@@ -42,6 +42,9 @@ class ToMe(Method):
     over tokens, and an attention-pooling head attends to them in proportion to their sizes. Padding comes back as
     zeros. In a vision-language model the number of visual tokens stays; what is saved is the encoder.
 
+    Encoders that pack patches (those of the Qwen-VL kind) merge whole merge groups, patch by patch, each frame by
+    itself; a group keeps its rotary positions and its window, `keep` and `r` count groups (inferred).
+
     Blocks that merge do not call their attention module: there are no `attentions` to record, attention dropout is not
     applied in training, and recorded hidden states of the blocks between are as short as these are. Gradients pass.
     Calls of single blocks outside of the encoder's forward, as for intermediate features, run dense.
@@ -95,8 +98,7 @@ class ToMe(Method):
         """The encoder and its blocks up to the last whose output is used.
 
         Raises:
-            NotApplicableError: the patches of several images lie packed in one row, or features are those of several
-                blocks.
+            NotApplicableError: the model reads the features of several blocks.
         """
         encoder = _encoder(target)
         touches = [
@@ -128,11 +130,6 @@ class ToMe(Method):
 
 def _encoder(target: Target) -> Encoder:
     encoder = target.site.encoder()
-    if encoder.packed:
-        raise NotApplicableError(
-            f"tome merges tokens of encoders that take images of one size as a batch; that of this {target.family} "
-            "packs the patches of all images into one row, with windows and positions of their own."
-        )
     if target.kind == "video-lm":
         _one_block(getattr(target.site.config, "vision_feature_layer", None))
     return encoder

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from checks import ALL, VIDEO, call, generate, ids, mixture, snapshot
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmaccel
 from mmaccel import HoliTom, ToMe
@@ -165,6 +166,76 @@ class ByHand:
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+
+
+class PackedByHand(ByHand):
+    """The same for a tower that packs the patches of all frames: groups merge, and a copy has the place of its group.
+
+    Attention is computed by its definition: who sees whom is said by the windows of the groups that patches went into.
+    """
+
+    def __init__(self, visual, counts, unit=4):
+        self.counts, self.unit, self.hooks = counts, unit, []
+        self.hooks.append(visual.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.blocks = list(visual.blocks)
+        for number, block in enumerate(self.blocks):
+            block.attn.forward = lambda h, block=block, **kwargs: self.attend(block.attn, h, **kwargs)
+            hook = block.norm2.register_forward_pre_hook(lambda _m, args, n=number: self.merge(n, args[0]))
+            self.hooks.append(hook)
+
+    def __exit__(self, *_):
+        super().__exit__()
+        for block in self.blocks:
+            del block.attn.forward
+
+    def begin(self, _module, args, kwargs):
+        grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+        frames = [h * w // self.unit for t, h, w in grid.tolist() for _ in range(t)]
+        starts = [sum(frames[:i]) for i in range(len(frames))]
+        self.frames = [
+            {g: [g] for g in range(start, start + n)} for start, n in zip(starts, frames, strict=True)
+        ]  # fmt: skip
+        self.place = torch.arange(sum(frames))
+
+    def attend(self, attention, h, cu_seqlens, position_embeddings, **_):
+        P, H = len(h), attention.num_heads
+        q, k, v = attention.qkv(h).view(P, 3, H, -1).unbind(1)
+        self.keys = k.detach().mean(1).reshape(P // self.unit, -1)
+        at = (self.place[:, None] * self.unit + torch.arange(self.unit)).flatten()
+        cos, sin = (t[at][:, None] for t in position_embeddings)
+
+        def turned(x):
+            a, b = x.chunk(2, -1)
+            return x * cos + torch.cat([-b, a], -1) * sin
+
+        window = torch.zeros(P, dtype=torch.long)
+        for cut in cu_seqlens.tolist()[1:-1]:
+            window[cut:] += 1
+        window = window[at]
+        shown = [t.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), 2) for t in (turned(q), turned(k), v)]
+        for part in zip(*shown, strict=True):  # whoever reads attention reads it here, as in the library's own forward
+            ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
+                attention, *part, None, scaling=attention.scaling
+            )
+        scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) * attention.scaling
+        scores = scores.masked_fill(window[:, None] != window, -torch.inf)
+        return attention.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(P, -1))
+
+    def merge(self, number, x):
+        rows = x.view(len(x) // self.unit, -1)
+        new = rows.clone()
+        for groups in self.frames:
+            joined = {}
+            for source, destination in match_by_hand(
+                list(groups), self.keys, 0, min(self.counts[number], len(groups) // 2)
+            ):
+                joined.setdefault(destination, []).append(source)
+            for destination, sources in joined.items():
+                members = groups[destination] + [m for s in sources for m in groups.pop(s)]
+                groups[destination] = members
+                self.place[members] = destination
+                new[members] = rows[members].mean(0)
+        rows.copy_(new)
 
 
 @contextlib.contextmanager
@@ -398,11 +469,64 @@ def test_vision_language_models_and_stacks(model, family, more):
     assert "inside the vision encoder" in str(handle.report())
 
 
-@pytest.mark.parametrize("family", [f for f in ALL if f not in BATCHED], ids=lambda f: f.name)
-def test_packed_encoders_are_refused(model, family):
-    with pytest.raises(NotApplicableError, match="packs the patches"):
-        mmaccel.accelerate(model(family), "tome")
-    assert "packs the patches" in mmaccel.explain(model(family)).reasons["tome"]
+PACKED = [family for family in ALL if family not in BATCHED]
+
+
+@pytest.mark.parametrize("more", [[], ["holitom:keep=0.4;tau=0.3"], ["visionzip:keep=0.4"], ["fewer-pixels:keep=0.6"]],
+                         ids=["alone", "holitom", "visionzip", "fewer-pixels"])  # fmt: skip
+@pytest.mark.parametrize("family", PACKED, ids=ids(PACKED))
+def test_packed_encoders_merge_whole_groups(model, family, more):
+    net = model(family)
+    if family.name == "qwen2.5-vl" and more and not more[0].startswith("fewer"):
+        pytest.skip("its last block has windows, in which scores stay where the patch was")
+    for kind in ("video", "images"):
+        inputs = family.inputs([kind])
+        blocks = len(net.model.visual.blocks)
+        with contextlib.ExitStack() as stack:
+            if more:
+                stack.enter_context(mmaccel.accelerate(net, *more))
+            dense = call(net, inputs).logits
+            with PackedByHand(net.model.visual, [0] * blocks):
+                close(call(net, inputs).logits, dense)
+            with PackedByHand(net.model.visual, [2] * blocks) as hand:
+                want = call(net, inputs).logits
+        with mmaccel.accelerate(net, "tome:r=2", *more) as handle:
+            got = call(net, inputs).logits
+        close(got, want)
+        assert dense.shape != want.shape or (dense - want).abs().max() > 1e-4
+        entry = handle.report().as_dict()["tokens"][0]
+        assert entry["tokens_in"] == 4 * sum(len(m) for groups in hand.frames for m in groups.values())
+        assert entry["tokens_out"] == 4 * sum(len(groups) for groups in hand.frames)
+
+
+def test_gradients_pass_through_packed_encoders():
+    family = FAMILIES["qwen3-vl"]
+    net, inputs, grads = family.build(), family.inputs(["image"]), []
+    first = net.model.visual.blocks[0].attn.qkv.weight
+    for context in (lambda: PackedByHand(net.model.visual, [2] * 4), lambda: mmaccel.accelerate(net, "tome:r=2")):
+        with context():
+            loss = net(**inputs).logits.square().sum()
+        net.zero_grad()
+        loss.backward()
+        grads.append(first.grad.clone())
+    torch.testing.assert_close(*grads, atol=1e-5 * float(grads[0].abs().max()), rtol=1e-3)
+    assert grads[0].abs().max() > 0
+
+
+def test_packed_frames_of_different_sizes_merge_by_themselves():
+    """Two pictures in one call are what each is alone, at a budget that is a fraction of each."""
+    visual = FAMILIES["qwen2.5-vl"].build().model.visual
+    grids = torch.tensor([[1, 6, 10], [2, 4, 4]])
+    pixels = torch.randn(60 + 32, visual.patch_embed.proj.weight[0].numel())
+    vision = {"keep": 0.4, "schedule": "decreasing"}
+    with torch.no_grad(), mmaccel.accelerate(visual, ToMe(**vision)) as handle:
+        both = visual(pixels, grid_thw=grids).last_hidden_state
+        entry = handle.report().as_dict()["tokens"][0]
+        alone = [visual(pixels[:60], grid_thw=grids[:1]), visual(pixels[60:], grid_thw=grids[1:])]
+    close(both, torch.cat([a.last_hidden_state for a in alone]))
+    # 15 groups to 6; twice 4 groups to 2
+    assert (entry["tokens_in"], entry["tokens_out"]) == (92, 4 * (6 + 2 + 2))
+    assert len(unmerged(both[:60])[0]) == 24
 
 
 def test_fewer_pixels_and_fewer_frames_work_in_front(model):
@@ -541,7 +665,7 @@ def test_threads_and_encoders_do_not_meet():
     assert all(map(torch.equal, got, want))
 
 
-@pytest.mark.parametrize("family", [VIDEO[1], FAMILIES["internvl"]], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [VIDEO[1], FAMILIES["internvl"], FAMILIES["qwen3-vl"]], ids=lambda f: f.name)
 def test_nothing_is_left_on_a_vision_language_model(family):
     net, twin = family.build(), family.build()
     inputs = family.inputs(mixture(family))
