@@ -19,10 +19,10 @@ from torch import nn
 from mmaccel.core.block import Block, heads_of, tokens_of
 from mmaccel.core.encoder import Encoder
 from mmaccel.core.flops import matrix_weights
-from mmaccel.core.patching import Patcher
+from mmaccel.core.patching import Patcher, shared
 from mmaccel.core.probe import listeners
 from mmaccel.core.run import current, opened
-from mmaccel.errors import MMAccelError, NotApplicableError
+from mmaccel.errors import ConflictError, MMAccelError, NotApplicableError
 from mmaccel.kernels.dispatch import recording
 from mmaccel.tokens.reduce import Merge, bipartite
 
@@ -56,14 +56,27 @@ class MergingCall:
     first: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
+class _Present:
+    """Stands in an encoder in which tokens merge."""
+
+
 def merge_tokens(patcher: Patcher, encoder: Encoder, plan: Plan, name: str, report: Any) -> None:
     """Merge in every block up to `encoder.last`: as many tokens of n patches as `plan(n, blocks)` says for each block.
 
     Pairs are those of ToMe's bipartite matching by head-mean keys, means and attention are weighted by size. Calls of
     the encoder, their time and FLOPs are entered in `report` under `name`.
+
+    Raises:
+        ConflictError: this was done to the encoder already, as by a handle on a model around it.
     """
     from mmaccel.core.packed_merging import PackedMerger
 
+    if shared(encoder.module, _Present) is not None:
+        raise ConflictError(
+            f"tokens merge inside {encoder.path} already, by a method that was put on it or on a model around it; "
+            "remove that first."
+        )
+    patcher.share(encoder.module, _Present)
     merger = (PackedMerger if encoder.packed else Merger)(encoder, plan, name, report)
     # timm's users call the second one by itself
     for method in ("forward", "forward_features"):

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmaccel
 from mmaccel import HoliTom, ToMe
-from mmaccel.errors import MethodError, MMAccelError, NonFiniteError, NotApplicableError
+from mmaccel.errors import ConflictError, MethodError, MMAccelError, NonFiniteError, NotApplicableError
 from mmaccel.tiny.families import FAMILIES
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
@@ -538,6 +538,18 @@ def test_fewer_pixels_and_fewer_frames_work_in_front(model):
             want = call(net, inputs).logits
         with mmaccel.accelerate(net, spec, "tome:r=2"):
             close(call(net, inputs).logits, want)
+
+
+def test_a_tower_and_the_model_around_it_merge_once():
+    net = FAMILIES["llava"].build()
+    for outer, inner in ((net, net.model.vision_tower), (net.model.vision_tower, net)):
+        with mmaccel.accelerate(outer, "tome") as handle:
+            with pytest.raises(ConflictError, match="already, by a method"):
+                mmaccel.accelerate(inner, "tome")
+            with pytest.raises(ConflictError, match="tome is on this model already"):
+                mmaccel.accelerate(outer, "tome:r=2")
+            with handle.paused(), mmaccel.accelerate(inner, "tome"):
+                pass
 
 
 def test_a_call_for_features_of_another_layer_is_refused():
