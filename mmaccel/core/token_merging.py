@@ -93,6 +93,7 @@ class Merger:
 
     def __init__(self, encoder: Encoder, plan: Plan, name: str, report: Any) -> None:
         self.encoder, self.plan, self.name, self.report = encoder, plan, name, report
+        self.plans: dict[int, list[int]] = {}
         self.weights = [
             (matrix_weights(block.attention), matrix_weights(block.module) - matrix_weights(block.attention))
             for block in encoder.blocks[: encoder.last + 1]
@@ -163,11 +164,11 @@ class Merger:
 
     def begin(self, state: MergingCall, x: torch.Tensor, patches: list[int]) -> None:
         """Plan the merges of images with so many patches."""
-        plans = {n: self.plan(n, self.encoder.last + 1) for n in set(patches)}
-        if len(plans) == 1:
-            state.counts = list(plans.popitem()[1])
-        else:
-            state.counts = list(torch.tensor([plans[n] for n in patches], device=x.device).T)
+        for n in set(patches) - self.plans.keys():
+            self.plans[n] = self.plan(n, self.encoder.last + 1)
+        plans = [self.plans[n] for n in patches] or [[0] * (self.encoder.last + 1)]
+        alike = all(plan == plans[0] for plan in plans)
+        state.counts = list(plans[0]) if alike else list(torch.tensor(plans, device=x.device).T)
         state.merged, state.patches, state.tokens, state.held = False, sum(patches), [], None
         state.images = len(patches)
 

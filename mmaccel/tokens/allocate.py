@@ -124,10 +124,11 @@ def merged_per_block(total: int, tokens: int, weights: torch.Tensor, *, exact: b
     """
     counts: list[int] = []
     owed, target = 0, tokens - total
-    for later, share in zip(reversed(range(len(weights))), split(total, weights).tolist(), strict=True):
+    shares = split(total, weights).tolist()
+    for block, share in enumerate(shares, 1):
         owed += share
-        # the blocks behind this one bring at most target * 2^later tokens down to the target
-        count = max(0, owed, tokens - (target << later)) if exact else share
+        # what the blocks behind this one can bring down to the target is twice the target for each of them
+        count = max(0, owed, tokens - (target << (len(shares) - block))) if exact else share
         counts.append(min(count, tokens // 2))
         owed -= counts[-1]
         tokens -= counts[-1]

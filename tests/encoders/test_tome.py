@@ -640,12 +640,30 @@ def test_features_that_are_not_finite_are_named():
         assert torch.equal(net(images()), want)
 
 
+def test_a_call_without_images_passes():
+    net = vit().eval()
+    with torch.no_grad():
+        want = net(images(0))
+        with mmaccel.accelerate(net, "tome"):
+            assert torch.equal(net(images(0)), want)
+
+
 def test_half_precision_stays_half():
     net = vit().eval().bfloat16()
     with torch.no_grad(), mmaccel.accelerate(net, "tome"):
         out = net.forward_features(images().bfloat16())
     assert out.dtype == torch.bfloat16
     assert len(unmerged(out[0, 1:])[0]) == 32
+
+
+def test_a_compiled_encoder_gives_the_same():
+    net = vit(depth=2).eval()
+    with torch.no_grad(), mmaccel.accelerate(net, "tome"):
+        want = net(images())
+        compiled = torch.compile(net, backend="eager")
+        for _ in range(2):
+            close(compiled(images()), want)
+    torch._dynamo.reset()
 
 
 def test_threads_and_encoders_do_not_meet():
