@@ -174,7 +174,7 @@ class Merger:
 
     def pairs(self, state: MergingCall, given: Mapping[str, Any]) -> int:  # noqa: ARG002
         """How many pairs of a query and a key the dense block computes."""
-        return state.whole[0] ** 2 // state.images
+        return state.whole[0] ** 2 // max(1, state.images)
 
     def valid(self, mask: Any, B: int, N: int) -> torch.Tensor | None:
         """bool [B, N] of an attention mask that hides padding, None if there is no padding."""
@@ -244,6 +244,8 @@ class Merger:
 
     def finish(self, state: MergingCall) -> None:
         """Enter the call in the report."""
+        if not state.patches:
+            return
         (N, C), joined = state.whole, self.encoder.merge**2 if self.encoder.packed else 1
         left = N // joined if state.merge is None else int((state.merge.kept >= 0).sum())
         left -= state.images * self.encoder.prefix
