@@ -54,7 +54,7 @@ class VisionModel:
         config: Any = getattr(self._tower, "config", None)
         merge = config.spatial_merge_size if packed else 1
         return Encoder(self._tower, self._path or type(self._tower).__name__, blocks, len(blocks) - 1, self._prefix,
-                       packed, merge)  # fmt: skip
+                       packed, merge, _read(self._tower))  # fmt: skip
 
 
 def of_vision_tower(site: Any) -> Encoder:
@@ -67,8 +67,12 @@ def of_vision_tower(site: Any) -> Encoder:
     prefix = 0 if packed else _TRANSFORMERS.get(config.model_type, ("", int(site.has_class_token)))[1]
     return Encoder(
         site.vision_tower, site.module_paths()[0], blocks, site.score_layer() if not packed else len(blocks) - 1,
-        prefix, packed, config.spatial_merge_size if packed else 1,
+        prefix, packed, config.spatial_merge_size if packed else 1, _read(site.vision_tower),
     )  # fmt: skip
+
+
+def _read(tower: Any) -> tuple[int, ...]:
+    return tuple(getattr(tower, "deepstack_visual_indexes", ()))
 
 
 def _tower(model: Any) -> tuple[str, str, str, int] | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Block", "heads_of"]
+__all__ = ["Block", "heads_of", "tokens_of"]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -18,6 +18,11 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 def heads_of(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[..., N, H * D] to [..., H, N, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., H, N, D] to [..., N, H * D]."""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)

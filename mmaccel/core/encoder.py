@@ -20,7 +20,8 @@ class Encoder:
     blocks, in order. last: the block whose output the rest of the model reads; those behind it compute nothing that is
     used. prefix: class and register tokens ahead of the patches. packed: whether the patches of all images lie in one
     row [patches, C] that `cu_seqlens` cuts, instead of [images, prefix + patches, C]. merge: how many patches along
-    each side a later module joins, which therefore stay or go together.
+    each side a later module joins, which therefore stay or go together. read: blocks before `last` whose output is
+    read as well.
     """
 
     module: nn.Module
@@ -30,3 +31,4 @@ class Encoder:
     prefix: int = 0
     packed: bool = False
     merge: int = 1
+    read: tuple[int, ...] = ()

@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attention_width", "decoder_flops", "linear_weights"]
+__all__ = ["attention_width", "decoder_flops", "linear_weights", "matrix_weights"]
 
 
 def linear_weights(block: nn.Module) -> int:
     """Number of weights in the linear layers of a block: each token costs twice as many FLOPs."""
     return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Number of weights in all matrices of a module, those that are no linear layer's included."""
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
 
 
 def attention_width(config: Any) -> int:

@@ -12,7 +12,7 @@ from mmaccel.core.frame_merging import SCORE, merge_frames
 from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.inner_merge import InnerMerge
 from mmaccel.method import Info, Stage, Touch, knob
-from mmaccel.reducer import BEFORE_LLM, INSIDE_LLM
+from mmaccel.reducer import BEFORE_LLM, INSIDE_ENCODER, INSIDE_LLM
 from mmaccel.tokens import select
 from mmaccel.tokens.frames import FrameGroups, MergedFrames, merge_middles, segments, threshold_for
 from mmaccel.tokens.place import Reduction
@@ -72,7 +72,7 @@ class EarlyTom(InnerMerge):
         name="earlytom", verb="merge", stage=Stage.ENCODER,
         summary="merges frames inside the vision encoder, selects in space behind it, merges again inside the model",
         source="EarlyTom: Early Token Compression Completes Fast Video Understanding", year=2026,
-        targets=("video-lm",), slots=("on the frames of the input", BEFORE_LLM, INSIDE_LLM),
+        targets=("video-lm",), slots=("on the frames of the input", INSIDE_ENCODER, BEFORE_LLM, INSIDE_LLM),
         needs=("vision attention", "decoder attention"), licence="Apache-2.0",
     )  # fmt: skip
     presets: ClassVar[dict[str, dict[str, Any]]] = {

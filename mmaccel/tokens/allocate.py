@@ -15,7 +15,7 @@ from mmaccel.errors import MethodError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["per_frame", "per_layer", "per_segment", "resolve_keep", "split"]
+__all__ = ["merged_per_block", "per_frame", "per_layer", "per_segment", "resolve_keep", "split"]
 
 
 def resolve_keep(keep: float, n: int) -> int:
@@ -113,6 +113,26 @@ def per_layer(
     layers = weights.shape[-1]
     total = resolve_keep(mean, tokens) * layers if isinstance(mean, int) else resolve_keep(mean, tokens * layers)
     return split(total, weights, floor=floor, capacity=tokens)
+
+
+def merged_per_block(total: int, tokens: int, weights: torch.Tensor, *, exact: bool = True) -> list[int]:
+    """How many of the `tokens` each block merges away, `total` in all, in proportion to `weights` (L,).
+
+    A block merges at most half of what it has, rounded down, since one half is merged into the other. What this
+    forbids one block the others make up for, later ones first, so that the sum is `total` wherever it can be, and as
+    large as it can be elsewhere. With `exact=False` they do not.
+    """
+    counts: list[int] = []
+    owed, target = 0, tokens - total
+    shares = split(total, weights).tolist()
+    for block, share in enumerate(shares, 1):
+        owed += share
+        # what the blocks behind this one can bring down to the target is twice the target for each of them
+        count = max(0, owed, tokens - (target << (len(shares) - block))) if exact else share
+        counts.append(min(count, tokens // 2))
+        owed -= counts[-1]
+        tokens -= counts[-1]
+    return counts
 
 
 def _totals(budget: int | Sequence[int] | torch.Tensor, items: int) -> list[int]:

@@ -77,6 +77,19 @@ class Merge:
         _fits(y, self.kept, "tokens to unmerge", same=True)
         return unmerge(_rows(y), self.assignment).view(*self.assignment.shape, *y.shape[2:])
 
+    def then(self, later: Merge) -> Merge:
+        """This merge and then `later`, which takes this one's outputs, as one; `later`'s own sizes are not read."""
+        _fits(self.kept, later.assignment, "outputs to merge further", same=True)
+        there, gone = self.assignment.clamp_min(0), self.assignment < 0
+        if not self.kept.shape[1]:
+            return Merge(later.kept, self.assignment, self.weight, later.sizes)
+        kept = self.kept.gather(1, later.kept.clamp_min(0)).masked_fill(later.kept < 0, -1)
+        assignment = later.assignment.gather(1, there).masked_fill(gone, -1)
+        weight = (self.weight * later.weight.gather(1, there)).masked_fill(gone, 0)
+        B, K = later.kept.shape
+        sizes = self.sizes.new_zeros(B * (K + 1)).index_add_(0, _flat(later.assignment, K), self.sizes.flatten())
+        return Merge(kept, assignment, weight, sizes.view(B, K + 1)[:, :K])
+
     def reduction(self, item: int) -> Reduction:
         """Return the merge of one item in the form that `place` puts into a sequence."""
         slots = (self.kept[item] >= 0).nonzero().squeeze(1)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaccel.errors import MethodError
-from mmaccel.tokens.allocate import per_frame, per_layer, per_segment, resolve_keep, split
+from mmaccel.tokens.allocate import merged_per_block, per_frame, per_layer, per_segment, resolve_keep, split
 
 groups = st.integers(1, 6).flatmap(
     lambda n: st.tuples(
@@ -145,3 +145,26 @@ def test_no_groups_huge_weights_and_bounds_that_are_no_whole_numbers():
     for bound in ({"floor": torch.tensor([0, 1.7])}, {"capacity": 1.9}):
         with pytest.raises(MethodError, match="whole numbers"):
             split(2, torch.ones(2), **bound)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_blocks_merge_the_total_wherever_halving_reaches_it(tokens, total, weights):
+    total = min(total, tokens)
+    counts = merged_per_block(total, tokens, torch.tensor(weights))
+    fewest, left = tokens, tokens
+    for count in counts:
+        assert 0 <= count <= left // 2
+        left -= count
+        fewest -= fewest // 2
+    assert left == max(tokens - total, fewest)
+
+
+def test_blocks_merge_in_proportion_where_they_can():
+    assert merged_per_block(12, 64, torch.ones(4)) == [3, 3, 3, 3]
+    assert merged_per_block(12, 64, torch.tensor([3, 2, 1, 0])) == [6, 4, 2, 0]
+    # the last block would have 3, of which it may merge 1: the second takes one more
+    assert merged_per_block(8, 9, torch.ones(4)) == [2, 3, 2, 1]
+    assert merged_per_block(8, 9, torch.ones(4), exact=False) == [2, 2, 2, 1]
+    assert merged_per_block(24, 10, torch.ones(4), exact=False) == [5, 2, 1, 1]
+    assert merged_per_block(24, 10, torch.tensor([3, 2, 1, 0]), exact=False) == [5, 2, 1, 0]
+    assert merged_per_block(5, 0, torch.ones(2), exact=False) == [0, 0]

@@ -274,6 +274,39 @@ def test_equal_vectors_stay_equal_under_every_merge():
         assert merge.sizes.sum(1).tolist() == [9, 9]
 
 
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(1, 4))
+def test_two_merges_in_a_row_are_one(data, B, N, K, L):
+    def drawn(n, k):
+        numbers = st.lists(st.integers(-1, k - 1), min_size=n, max_size=n)
+        return torch.tensor([data.draw(numbers) for _ in range(B)], dtype=torch.int64).reshape(B, n)
+
+    first = merge_by_assignment(drawn(N, K), K, torch.arange(1, B * N + 1).reshape(B, N).float())
+    # an output without tokens has size 0 and goes nowhere
+    second = merge_by_assignment(drawn(K, L).masked_fill(first.sizes == 0, -1), L, first.sizes)
+    both = first.then(second)
+    x, y = features(B, N, 3), features(B, L, 3)
+    near(both.merge(x), second.merge(first.merge(x)))
+    assert torch.equal(both.unmerge(y), first.unmerge(second.unmerge(y)))
+    assert torch.equal(both.sizes, second.sizes)
+    for b in range(B):
+        for k in range(L):
+            kept = int(second.kept[b, k])
+            assert int(both.kept[b, k]) == (-1 if kept < 0 else int(first.kept[b, kept]))
+
+
+def test_a_merge_of_other_tokens_does_not_follow():
+    first = merge_by_assignment(torch.tensor([[0, 1, 1]]), 2)
+    with pytest.raises(MethodError, match="further"):
+        first.then(merge_by_assignment(torch.tensor([[0, 0, 0]]), 1))
+    nothing = merge_by_assignment(torch.tensor([[-1, -1]]), 0)
+    none = nothing.then(merge_by_assignment(torch.empty(1, 0, dtype=torch.int64), 0))
+    assert none.assignment.tolist() == [[-1, -1]]
+    with_outputs = nothing.then(merge_by_assignment(torch.empty(1, 0, dtype=torch.int64), 2))
+    assert with_outputs.kept.tolist() == [[-1, -1]]
+    assert with_outputs.unmerge(torch.ones(1, 2, 3)).eq(0).all()
+
+
 def test_one_merge_applies_to_tensors_of_any_rank():
     x = features(2, 6, 4)
     merge = bipartite(x, 2)
