@@ -21,7 +21,7 @@ class Answer:
     text: str
     ids: tuple[int, ...]
     tokens: int
-    seconds: float
+    seconds: float = field(compare=False)
     logits: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
