@@ -207,11 +207,11 @@ def test_the_least_salient_tokens_go(family, model):
         if len(held) + per_group > budget:
             for _ in range(len(held) + per_group - budget):
                 held.remove(min(held))
-        everything += list(group)
-        mean = torch.stack(everything).double().mean(0)
+        mean = torch.stack([*everything, *group]).double().mean(0)
         for vector in group:
+            everything.append(vector)
             score = 1 - torch.cosine_similarity(vector.double(), mean, dim=0)
-            held.append((float(score), len(held) and max(n for _, n in held) + 1))
+            held.append((float(score), len(everything)))
     want = sorted(round(score, 4) for score, _ in held)
     sessions = {}
     for on_evict in ("rotate", "rebuild"):

@@ -137,17 +137,9 @@ class RollingPrefill:
 
     @torch.no_grad()
     def extend(self, blocks: Sequence[Block]) -> torch.Tensor:
-        """Run the language model over new blocks; what it says of each of their tokens, [1, n, D].
-
-        If this raises, nothing has changed.
-        """
-        saved = self._save()
-        try:
-            position = torch.cat([self._cursor.place(block) for block in blocks], 1)
-            hidden = self._compute(blocks, position)
-        except BaseException:
-            self._restore(saved)
-            raise
+        """Run the language model over new blocks; what it says of each of their tokens, [1, n, D]."""
+        position = torch.cat([self._cursor.place(block) for block in blocks], 1)
+        hidden = self._compute(blocks, position)
         self._positions = torch.cat([self._positions.to(position.device), position], 1)
         bare = blocks if self._rebuild else [replace(block, embeds=None, deep=()) for block in blocks]
         self.blocks = [*self.blocks, *bare]
@@ -161,6 +153,16 @@ class RollingPrefill:
             yield
         finally:
             self._restore(saved)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What happens in this block happens as a whole, or not at all if something raises."""
+        saved = self._save()
+        try:
+            yield
+        except BaseException:
+            self._restore(saved)
+            raise
 
     @torch.no_grad()
     def keep(self, keeps: Sequence[torch.Tensor | None]) -> None:
@@ -181,16 +183,11 @@ class RollingPrefill:
         cursor = _Cursor()
         position = torch.cat([cursor.place(block) for block in blocks], 1)
         index = torch.cat(taken).nonzero().squeeze(1)
-        saved = self._save()
-        try:
-            if self._rebuild:
-                self.cache = self._empty()
-                self._compute(blocks, position)
-            else:
-                self._move(index, position - self._positions[:, index])
-        except BaseException:
-            self._restore(saved)
-            raise
+        if self._rebuild:
+            self.cache = self._empty()
+            self._compute(blocks, position)
+        else:
+            self._move(index, position - self._positions[:, index])
         self.blocks, self._cursor, self._positions = blocks, cursor, position
 
     def _move(self, index: torch.Tensor, shift: torch.Tensor) -> None:

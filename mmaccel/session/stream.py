@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time as clocks
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -219,7 +220,7 @@ class StreamSession:
         with self._held.aside():
             if pending is not None:
                 self._held.extend([pending.block])
-            self._check_length(sum(map(len, tail)) + max_new_tokens, "the question with its answer")
+            self._check_length(sum(map(len, tail)) + max_new_tokens - 1, "the question with its answer")
             ids, rows = self._decode(self._held.extend(tail), max_new_tokens)
             seen = self._held.tokens
         text, seconds = self._feeder.text(ids), clocks.perf_counter() - began
@@ -263,13 +264,25 @@ class StreamSession:
         except BaseException:
             self._memory.clear()  # what methods remember may be half of this frame
             raise
-        self._budget.make_room(self._held, group.block.tokens)
-        self._check_length(group.block.advance, "this frame", group.block.gap or 0)
-        self._held.extend([self._budget.weigh(group.block)])
+        with self._whole():
+            self._budget.make_room(self._held, group.block.tokens)
+            self._check_length(group.block.advance, "this frame", group.block.gap or 0)
+            self._held.extend([self._budget.weigh(group.block)])
         self._waiting, self._last_group = [], group
         self._groups += 1
         self._made += group.made
         self._latencies.append(clocks.perf_counter() - began)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What happens to the tokens that are held happens as a whole, or not at all."""
+        budget = copy.copy(self._budget)
+        try:
+            with self._held.whole():
+                yield
+        except BaseException:
+            self._budget = budget
+            raise
 
     def _place(self, frames: list[tuple[Picture, float]]) -> Place:
         last = self._last_group
@@ -286,7 +299,8 @@ class StreamSession:
         if self._flushed is None:
             frames = self._filled()
             self._flushed = self._maker.group(frames, self._place(frames), copy.deepcopy(self._memory))
-        self._budget.make_room(self._held, self._flushed.block.tokens)
+        with self._whole():
+            self._budget.make_room(self._held, self._flushed.block.tokens)
         return self._flushed
 
     def _decode(self, hidden: torch.Tensor, most: int) -> tuple[list[int], list[torch.Tensor]]:
