@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 import mmaccel
-from mmaccel.method import Info, Stage
+from mmaccel.method import Info, Stage, parse, registry
 from mmaccel.reducer import BEFORE_LLM, GridReducer
 from mmaccel.tokens.place import Reduction
 from tests.checks import cache_of, call, closed_up, ids, seen_by_language_model
@@ -131,20 +131,30 @@ def test_kept_tokens_are_read_as_by_the_dense_language_model(family, model, posi
     torch.testing.assert_close(got.logits[:1], want, atol=1e-5, rtol=0)
 
 
+# with a third of the 9 or 15 tokens of a frame, a budget that is spread evenly is the same for one frame and for many
+PER_FRAME = {
+    "visionzip": ["visionzip:contextual=0.4"],
+    "stc": ["stc:refresh=1.0", "stc:refresh=0.5;interval=3", "stc:rule=similarity;similarity=0.9;interval=none"],
+}
+
+
+@pytest.mark.parametrize("spec", [spec for name, specs in PER_FRAME.items() if name in registry() for spec in specs])
 @pytest.mark.parametrize("family", STREAMED, ids=ids(STREAMED))
-def test_a_method_that_works_frame_by_frame_gives_what_it_gives_offline(family, model):
-    """VisionZip shares its budget out evenly, so with a third of 9 or 15 tokens both do the same."""
-    frames = frames_of(family)
-    with mmaccel.accelerate(model(family), mmaccel.VisionZip(keep=1 / 3, contextual=0.4)):
+def test_a_method_that_works_frame_by_frame_gives_what_it_gives_offline(family, model, spec):
+    (method,) = parse(spec)
+    method, frames = replace(method, keep=1 / 3), frames_of(family)
+    with mmaccel.accelerate(model(family), method):
         want = offline(model(family), inputs_of(family, frames))
-    with mmaccel.stream(model(family), mmaccel.VisionZip(keep=1 / 3, contextual=0.4), **options(family)) as session:
-        session.follow(frames)
+    with mmaccel.stream(model(family), method, **options(family)) as session:
+        for frame in frames:
+            session.push(frame)
+            asked(session, steps=1)
         same(asked(session), want)
         stats = session.stats()
         assert stats.held * 3 == stats.made
         assert stats.reduced == stats.made - stats.held
-        assert session.report().tokens["visionzip", "on each frame of a stream"].tokens_out == stats.held
-    assert offline(model(family), inputs_of(family, frames))[0] != want[0]  # it does something, and is off again
+        assert session.report().tokens[method.info.name, "on each frame of a stream"].tokens_out == stats.held
+    assert not torch.equal(offline(model(family), inputs_of(family, frames))[1], want[1])  # it does something
 
 
 @pytest.mark.parametrize("spec", ["random:keep=1.0", "visionzip:keep=1.0"])
@@ -231,7 +241,9 @@ def test_the_least_salient_tokens_go(family, model):
         assert turned.positions[0].tolist() == list(range(turned.positions.shape[1]))
 
 
-@pytest.mark.parametrize("method", [(), ("visionzip:keep=0.34",)], ids=["dense", "visionzip"])
+@pytest.mark.parametrize(
+    "method", [(), *((f"{name}:keep=0.34",) for name in PER_FRAME if name in registry())], ids=lambda m: "".join(m)
+)
 @pytest.mark.parametrize("family", STREAMED, ids=ids(STREAMED))
 def test_two_streams_on_one_model_never_mix(family, model, method):
     videos = [frames_of(family, 10, seed) for seed in (0, 50)]
