@@ -21,8 +21,6 @@ from mmaccel.session.frames import Feeder, Item, Picture
 
 __all__ = ["Group", "Groups", "Place"]
 
-_PLACE = "on each frame of a stream"
-
 
 class Place(NamedTuple):
     """Where a group is in its stream: its number, the time since the first, and the clock of the one before it."""
@@ -34,12 +32,17 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A group as a block. closing: [n, D], what the model puts behind a video. made: tokens before any reduction."""
+    """A group as a block.
+
+    closing: [n, D], what the model puts behind a video. made: tokens before any reduction. counts: for each method that
+    reduced them its name, and how many went in and came out.
+    """
 
     block: Block
     closing: torch.Tensor
     made: int
     clock: int
+    counts: tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +102,12 @@ class Groups:
             levels = getattr(output, "deepstack_features", None) or []
             deep = [torch.cat(tuple(level)).to(features.dtype)[offsets] for level in levels]
             every = torch.arange(len(offsets), device=features.device)
-            cells = self._reduced(encoded, _Cells(features[offsets], every, deep, grid.shape), offsets, place.number)
+            whole = _Cells(features[offsets], every, deep, grid.shape)
+            cells, counts = self._reduced(encoded, whole, offsets, place.number)
         clock = self._site.clock(place.number, place.seconds)
         gap = None if clock is None else clock - place.clock
         closing = features[int(offsets[-1]) + 1 :]
-        return Group(self._block(item, cells, gap), closing, len(offsets), clock or 0)
+        return Group(self._block(item, cells, gap), closing, len(offsets), clock or 0, tuple(counts))
 
     def _grid(self, encoded: Encoded, item: Item, made: int) -> GridLayout:
         room = int(item.placeholders.sum())
@@ -115,7 +119,10 @@ class Groups:
             )
         return layouts[0].grids[0]
 
-    def _reduced(self, encoded: Encoded, cells: _Cells, offsets: torch.Tensor, number: int) -> _Cells:
+    def _reduced(
+        self, encoded: Encoded, cells: _Cells, offsets: torch.Tensor, number: int
+    ) -> tuple[_Cells, list[tuple[str, int, int]]]:
+        counts = []
         for method in self._reducers:
             x, cell, deep = cells.features, cells.cell, cells.deep
             score = None
@@ -129,8 +136,8 @@ class Groups:
             if reduction is not None:
                 deep = [reduction.apply(level) for level in deep]
                 cells = _Cells(reduction.apply(x), cell[reduction.index.to(cell.device)], deep, cells.shape)
-            self._report.count(method.info.name, _PLACE, len(x), len(cells.cell))
-        return cells
+            counts.append((method.info.name, len(x), len(cells.cell)))
+        return cells, counts
 
     def _block(self, item: Item, cells: _Cells, gap: int | None) -> Block:
         """The tokens of a group and the text around them, such as a time stamp."""

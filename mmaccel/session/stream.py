@@ -29,6 +29,7 @@ __all__ = ["StreamSession", "stream"]
 
 OnEvict = Literal["rotate", "rebuild"]
 
+_PLACE = "on each frame of a stream"
 _LATENCIES = 2048  # groups over which latency is told
 
 
@@ -271,6 +272,8 @@ class StreamSession:
         self._waiting, self._last_group = [], group
         self._groups += 1
         self._made += group.made
+        for name, tokens_in, tokens_out in group.counts:
+            self._report.count(name, _PLACE, tokens_in, tokens_out)
         self._latencies.append(clocks.perf_counter() - began)
 
     @contextmanager
