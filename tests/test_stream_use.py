@@ -197,6 +197,39 @@ def test_what_methods_remember_is_not_touched_by_a_question(model):
     assert current_stream() is None
 
 
+def test_an_interruption_begins_anew(model):
+    from mmaccel.codecs.live import LiveFrame
+
+    class Memory:
+        def __init__(self):
+            self.calls = 0
+
+    def count(_module, _args):
+        current_stream().get(Memory).calls += 1
+
+    hook = model(QWEN2).model.visual.register_forward_pre_hook(count)
+    try:
+        with mmaccel.stream(model(QWEN2), **options(QWEN2)) as session:
+            for number, frame in enumerate(frames_of(QWEN2, 6)):
+                session.push(LiveFrame(frame, float(number), 0.0, number, number == 3, 0))
+            assert session.stats().made == 45  # 0 and 1, 2 twice, 3 and 4
+            assert session.stats().pending == 1
+            assert session._memory.get(Memory).calls == 1
+    finally:
+        hook.remove()
+
+
+def test_a_gap_longer_than_the_model_is_closed(model):
+    family = STREAMED[3]
+    frames = frames_of(family, 6)
+    with mmaccel.stream(model(family), **options(family)) as session:
+        for time, frame in zip([0, 1, 2, 3, 1e7, 1e7 + 1], frames, strict=True):
+            session.push(frame, time=time)
+        assert session._held.positions[0].unique()[-3:].tolist() == [7, 11, 12]
+        assert any("gap in time" in note for note in session.report().notes)
+        assert len(asked(session).ids) == 4
+
+
 def test_frames_of_another_size(pairs, session):
     sizes = [(24, 40), (24, 40), (24, 40), (32, 24), (32, 24), (20, 60)]
     frames = [torch.full((3, *size), 90, dtype=torch.uint8) for size in sizes]
@@ -314,6 +347,8 @@ def test_prompts_that_cannot_be_used_are_refused(model):
         mmaccel.stream(model(ONEVISION), processor=processor, prompt="{question}")
     with pytest.raises(StreamError, match="prepares no videos"):
         mmaccel.stream(model(ONEVISION), processor=processor.tokenizer)
+    with pytest.raises(StreamError, match="does not belong to this qwen2-vl"):
+        mmaccel.stream(model(QWEN2), **options(ONEVISION))
     with mmaccel.stream(model(ONEVISION), processor=processor, prompt="{question}<video>") as session:
         session.push(frames_of(ONEVISION, 1)[0])
         with pytest.raises(StreamError, match="puts the question before the video"):

@@ -87,7 +87,7 @@ class Feeder:
     makes it of one user turn with a video and a question.
 
     Raises:
-        StreamError: the processor takes no video, or no prompt can be made.
+        StreamError: the processor takes no video or is that of another model, or no prompt can be made.
     """
 
     def __init__(self, site: Any, processor: Any, prompt: str | None) -> None:
@@ -99,6 +99,8 @@ class Feeder:
         self._root, self._method = site.root, site.encoders["video"]
         self._names = set(inspect.signature(getattr(type(site.root), self._method)).parameters)
         self._token = processor.tokenizer.convert_tokens_to_ids(processor.video_token)
+        if self._token != site.config.video_token_id:
+            raise StreamError(f"this {type(processor).__name__} does not belong to this {site.family}.")
         self.before, _ = self._pieces("?")
 
     def question(self, question: str) -> list[int]:

@@ -7,12 +7,13 @@ import time as clocks
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self, get_args
 
 import torch
 
 from mmaccel.compose import arrange, normalise
-from mmaccel.core.rolling import RollingPrefill
+from mmaccel.core.rolling import Block, RollingPrefill
 from mmaccel.core.rotation import check_rotary
 from mmaccel.core.stream import Stream
 from mmaccel.errors import MethodError, StreamError
@@ -135,10 +136,12 @@ class StreamSession:
         """Read one frame; False if it was dropped, and counted, because it is not later than the one before.
 
         frame: uint8 [3, H, W] tensor, uint8 [H, W, 3] array, PIL image, or a frame of `open_stream`. Sizes may change.
-        time: seconds; by default that of the frame, or 1 / fps after the frame before. Gaps are allowed.
+        time: seconds; by default that of the frame, or 1 / fps after the frame before. Gaps are allowed; one that would
+        pass the model's longest sequence by itself is closed, and `report` says so.
 
-        Where the encoder joins frames, they wait until their group is full; a frame of another size begins a new
-        group, and the one before it is filled up with its last frame. If this raises, the frame was not taken.
+        Where the encoder joins frames, they wait until their group is full; a frame of another size, or behind an
+        interruption (`LiveFrame.discontinuity`), begins a new group, and the one before it is filled up with its last
+        frame. If this raises, the frame was not taken.
 
         Raises:
             StreamError: it is no frame, or no time, or the budget is below one frame, or the sequence gets too long.
@@ -150,7 +153,7 @@ class StreamSession:
         if self._frames and at <= self._last:
             self._late += 1
             return False
-        if self._waiting and self._waiting[-1][0].pixels.shape != picture.pixels.shape:
+        if self._waiting and (picture.cut or self._waiting[-1][0].pixels.shape != picture.pixels.shape):
             self._take(self._filled())
         if picture.cut:
             self._memory.clear()
@@ -220,7 +223,7 @@ class StreamSession:
             tail.insert(0, self._maker.plain(last.closing))
         with self._held.aside():
             if pending is not None:
-                self._held.extend([pending.block])
+                self._held.extend([self._near(pending.block)])
             self._check_length(sum(map(len, tail)) + max_new_tokens - 1, "the question with its answer")
             ids, rows = self._decode(self._held.extend(tail), max_new_tokens)
             seen = self._held.tokens
@@ -267,8 +270,9 @@ class StreamSession:
             raise
         with self._whole():
             self._budget.make_room(self._held, group.block.tokens)
-            self._check_length(group.block.advance, "this frame", group.block.gap or 0)
-            self._held.extend([self._budget.weigh(group.block)])
+            block = self._near(group.block)
+            self._check_length(block.advance, "this frame", block.gap or 0)
+            self._held.extend([self._budget.weigh(block)])
         self._waiting, self._last_group = [], group
         self._groups += 1
         self._made += group.made
@@ -320,8 +324,20 @@ class StreamSession:
                 return ids, rows
             hidden = self._held.extend([self._maker.text([token])])
 
+    def _near(self, block: Block) -> Block:
+        """The block, brought near to the one before it if their distance in time is too long for the model."""
+        limit = self._limit
+        if limit is None or not block.gap or self._held.end + block.gap <= limit:
+            return block
+        self._report.note("a gap in time longer than the model's longest sequence was closed")
+        return replace(block, gap=1)
+
+    @property
+    def _limit(self) -> int | None:
+        return getattr(self._site.language_model.config, "max_position_embeddings", None)
+
     def _check_length(self, more: int, what: str, gap: int = 0) -> None:
-        limit = getattr(self._site.language_model.config, "max_position_embeddings", None)
+        limit = self._limit
         length = max(self._held.next + more, self._held.end + gap)
         if limit is not None and length > limit:
             raise StreamError(
