@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmaccel.errors import MMAccelError
     from mmaccel.handle import Handle
     from mmaccel.method import Method
+    from mmaccel.session import stream
 
 _LAZY = {
     "accelerate": "mmaccel.api",
@@ -32,6 +33,7 @@ _LAZY = {
     "MMAccelError": "mmaccel.errors",
     "Handle": "mmaccel.handle",
     "Method": "mmaccel.method",
+    "stream": "mmaccel.session",
 }
 
 _MODULES = ("codecs", "kernels", "measure", "tiny", "tokens")
@@ -48,6 +50,7 @@ __all__ = [
     "load_videos",
     "methods",
     "open_stream",
+    "stream",
 ]
 
 

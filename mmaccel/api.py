@@ -15,7 +15,7 @@ from mmaccel.targets import Target, resolve
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Explanation", "accelerate", "explain", "methods"]
+__all__ = ["Explanation", "accelerate", "explain", "methods", "plan"]
 
 
 def accelerate(target: Any, *methods: Method | str | Iterable[Method | str]) -> Handle:
@@ -40,12 +40,17 @@ def accelerate(target: Any, *methods: Method | str | Iterable[Method | str]) -> 
     wanted = arrange(normalise(methods))
     found = resolve(target)
     for method in wanted:
-        _plan(method, found)
+        plan(method, found)
     check(wanted, present(found))
     return Handle(found, wanted)
 
 
-def _plan(method: Method, target: Target) -> list[Touch]:
+def plan(method: Method, target: Target) -> list[Touch]:
+    """What a method would touch on a target.
+
+    Raises:
+        NotApplicableError: it does not fit; the message names the methods that do.
+    """
     info = method.info
     if target.kind not in info.targets:
         fitting = [name for name, cls in registry().items() if target.kind in cls.info.targets]
@@ -119,7 +124,7 @@ def explain(target: Any) -> Explanation:
             if needed:
                 reasons[name] = f"cannot be tried without values for {', '.join(needed)}"
                 continue
-            touches[name] = _plan(cls(), found)
+            touches[name] = plan(cls(), found)
         except (NotApplicableError, AdapterError) as error:
             reasons[name] = str(error)
     return Explanation(type(target).__name__, found.kind, found.family, touches, reasons)

@@ -9,6 +9,7 @@ __all__ = [
     "MethodError",
     "NonFiniteError",
     "NotApplicableError",
+    "StreamError",
     "VideoError",
     "VocabularyError",
 ]
@@ -40,6 +41,10 @@ class NonFiniteError(MMAccelError, ArithmeticError):
 
 class VideoError(MMAccelError, ValueError):
     """A video that cannot be opened or decoded, or a request that it cannot satisfy."""
+
+
+class StreamError(MMAccelError, ValueError):
+    """A streaming session used in a way that cannot work: no frame yet, a budget below one frame, a closed session."""
 
 
 class VocabularyError(MMAccelError, ValueError):

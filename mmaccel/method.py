@@ -95,6 +95,7 @@ class Method:
 
     info: ClassVar[Info]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    streams: ClassVar[bool] = False  # whether a video may come to it frame by frame (`mmaccel.stream`)
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))

@@ -68,6 +68,7 @@ class VideoLM:
     projector: ClassVar[str] = "multi_modal_projector"
     decoder_attention_name: ClassVar[str] = "self_attn"
     patches_per_cell: ClassVar[int] = 1
+    rotary_axes: ClassVar[int] = 1
 
     def __init__(self, target: nn.Module) -> None:
         self.target = target
@@ -197,6 +198,19 @@ class VideoLM:
     def interpolates(self) -> bool:
         """Whether the tower has to be asked to fit its position table to another image size."""
         return True
+
+    @property
+    def frames_at_once(self) -> int:
+        """How many frames of a video the tower joins to one group of tokens."""
+        return 1
+
+    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
+        """Temporal position of a video's frame group, from its number and the time at which it begins.
+
+        None where each group begins behind the tokens before it, as text does; otherwise all groups of a video share
+        their origin and are apart in time only.
+        """
+        return None
 
     def tower(self) -> BatchedTower | PackedTower:
         """How the tower can be given less."""

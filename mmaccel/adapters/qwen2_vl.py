@@ -21,6 +21,16 @@ class Qwen2VL(VideoLM):
     vision_layers: ClassVar[str] = "blocks"
     vision_attention: ClassVar[str] = "attn"
     projector: ClassVar[str] = "visual.merger"
+    rotary_axes: ClassVar[int] = 3
+
+    @property
+    def frames_at_once(self) -> int:
+        """Frames of a temporal patch."""
+        return self.config.vision_config.temporal_patch_size
+
+    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
+        """One step a group."""
+        return group
 
     def tower(self) -> PackedTower:
         """Patches of all items in one row."""

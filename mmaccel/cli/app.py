@@ -47,6 +47,9 @@ def root(
 
 @app.command()
 def demo(
+    what: Annotated[
+        str, typer.Argument(help="'methods' side by side on clips, or 'stream': one stream that does not end.")
+    ] = "methods",
     out: Annotated[Path, typer.Option(help="Folder for report.html, pareto.png and the clips.")] = Path(
         "mmaccel-report"
     ),
@@ -54,13 +57,29 @@ def demo(
     seconds_budget: Annotated[float, typer.Option(min=1, help="Start no new batch of clips that would end later.")] = (
         150.0
     ),
+    method: Specs = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="stream: visual tokens held at most; those of one clip if not given.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare every method on the embedded video model: accuracy, tokens, FLOPs, time to first token."""
-    from mmaccel.cli.demo import run
+    """Compare every method on the embedded video model: accuracy, tokens, FLOPs, time to first token.
 
+    As `mmaccel demo stream`: push clips as one stream, ask along it, and show accuracy, tokens held and latency.
+    """
+    if what not in ("methods", "stream"):
+        raise typer.BadParameter(f"{what!r} is neither 'methods' nor 'stream'")
+    if what == "methods" and (method or max_tokens):
+        raise typer.BadParameter("--method and --max-tokens belong to 'mmaccel demo stream'")
     with Terminal(json) as terminal:
-        run(terminal, out, clips=clips, seconds=seconds_budget)
+        if what == "stream":
+            from mmaccel.cli import demo_stream
+
+            demo_stream.run(terminal, specs=method or [], clips=clips, max_tokens=max_tokens, seconds=seconds_budget)
+        else:
+            from mmaccel.cli.demo import run
+
+            run(terminal, out, clips=clips, seconds=seconds_budget)
 
 
 @app.command()

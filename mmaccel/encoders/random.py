@@ -31,6 +31,8 @@ class Random(GridReducer):
         source="equal-cost baseline", year=2026, targets=("video-lm",), slots=(BEFORE_LLM,), baseline=True,
     )  # fmt: skip
 
+    streams: ClassVar[bool] = True
+
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Drop all but a random choice."""
         # far apart, so that no grid of one seed draws what another grid of the next seed draws

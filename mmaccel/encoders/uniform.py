@@ -26,6 +26,8 @@ class Uniform(GridReducer):
         source="equal-cost baseline", year=2026, targets=("video-lm",), slots=(BEFORE_LLM,), baseline=True,
     )  # fmt: skip
 
+    streams: ClassVar[bool] = True
+
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Drop all but every n-th token."""
         n = len(tokens)

@@ -41,6 +41,7 @@ class VisionZip(GridReducer):
         "llava": {"keep": 221, "contextual": 0.136, "source": "paper: 191 dominant + 30 contextual of 576"}
     }
     needs_scores: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Keep dominant tokens of every frame, merge the others into contextual ones."""
