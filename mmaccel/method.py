@@ -137,6 +137,11 @@ class Method:
         """The exclusive places that this instance fills."""
         return self.info.slots
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What this instance needs of a target, of the things in `info.needs`."""
+        return self.info.needs
+
     def plan(self, target: Target) -> list[Touch]:
         """Every module that `install` will touch. Touches nothing.
 

@@ -58,6 +58,16 @@ class GridReducer(Method):
 
     needs_scores: ClassVar[bool] = False
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether this instance reads the vision tower's attention."""
+        return self.needs_scores
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Vision attention only where it is read."""
+        return tuple(need for need in super().needs if need != "vision attention" or self.reads_scores)
+
     def budget(self, n: int) -> int:
         """The number of tokens kept of n.
 
@@ -74,7 +84,7 @@ class GridReducer(Method):
         """The hooks of a prefill reduction, and the vision layer whose attention is read, if any."""
         site = target.site
         touches = prefill_touches(site, neutral=self.neutral)
-        if self.needs_scores:
+        if self.reads_scores:
             site.score_attention()
             touches.insert(
                 0, Touch(f"vision layer {site.score_layer()}", f"reads q and k for scores ({site.score_kind()})")
@@ -83,7 +93,7 @@ class GridReducer(Method):
 
     def install(self, installer: Installer) -> None:
         """Hand `reduce` to the prefill hooks."""
-        score = installer.target.site.score_kind() if self.needs_scores and not self.neutral else None
+        score = installer.target.site.score_kind() if self.reads_scores and not self.neutral else None
         reduce = None if self.neutral else self.reduce
         installer.prefill.reduce_before(
             self.info.name, reduce, score=score, positions=self.positions, stage=self.info.stage

@@ -10,7 +10,7 @@ import torch
 from mmaccel.method import Info, Stage, knob
 from mmaccel.reducer import BEFORE_LLM, GridReducer
 from mmaccel.tokens import allocate, reduce, select
-from mmaccel.tokens.place import Mix, Reduction
+from mmaccel.tokens.place import Reduction
 
 if TYPE_CHECKING:
     from mmaccel.core.prefill import VisualTokens
@@ -49,18 +49,8 @@ class VisionZip(GridReducer):
         budgets = allocate.per_frame(self.budget(len(tokens)), torch.ones(T), S).tolist()
         x = tokens.features.view(T, S, -1)
         score = tokens.score.view(T, S)
-        kept, rows, cols, weights = [], [], [], []
-        done = 0
-        for t, budget in enumerate(budgets):
-            frame = _frame(x[t], score[t], budget, round(budget * self.contextual))
-            kept.append(frame.index + t * S)
-            if frame.mix is not None:
-                rows.append(frame.mix.rows + done)
-                cols.append(frame.mix.cols + t * S)
-                weights.append(frame.mix.weights)
-            done += len(frame.index)
-        mix = Mix(torch.cat(rows), torch.cat(cols), torch.cat(weights)) if rows else None
-        return Reduction(torch.cat(kept), mix)
+        frames = [_frame(x[t], score[t], n, round(n * self.contextual)) for t, n in enumerate(budgets)]
+        return reduce.joined(frames, [S] * T)
 
 
 def _frame(x: torch.Tensor, score: torch.Tensor, budget: int, contextual: int) -> Reduction:

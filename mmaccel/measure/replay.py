@@ -35,7 +35,7 @@ class _Kept:
 def encoder_key(methods: Sequence[Method]) -> Hashable:
     """Equal for stacks that make the encoder do the same: what works in it, and what is read from it."""
     inside = tuple(method.spec for method in methods if method.info.stage < Stage.BEFORE_LLM)
-    read = {need for method in methods if not method.neutral for need in method.info.needs if "vision" in need}
+    read = {need for method in methods if not method.neutral for need in method.needs if "vision" in need}
     return inside, frozenset(read), bool(methods)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,10 +18,15 @@ from mmaccel.kernels.scatter_merge import scatter_merge, unmerge
 from mmaccel.tokens.place import Mix, Reduction
 from mmaccel.tokens.select import exact_counts, indices_of, mask_of
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = [
     "Merge",
+    "absorb_nearest",
     "bipartite",
     "drop",
+    "joined",
     "merge_by_assignment",
     "merge_dropped_into_kept",
     "merge_to_centres",
@@ -168,6 +173,47 @@ def merge_dropped_into_kept(
     (2025); its code halves `kept <- (kept + dropped) / 2` token after token instead, which depends on the order.
     """
     return _mean(kept, nearest_centre(metric, kept, mask=mask, metric="cosine"), size)
+
+
+def absorb_nearest(x: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor, neighbours: int) -> Reduction:
+    """Let every kept token of one item take in the tokens most like it: `(kept + sum w_j x_j) / (1 + sum w_j)`.
+
+    x (N, D), compared by cosine, ties to the lower position; kept int64 (K,); weight (N,), finite and at least 0.
+    `neighbours` others of all N are taken in, or as many as there are; the same one may be taken in by several, and
+    counts in the size of each. Cluster update of LLaVA-PruMerge (2024), whose code does not divide; here a field
+    of equal tokens stays what it is.
+    """
+    if weight.shape != x.shape[:1] or not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise MethodError(f"the weights of {len(x)} tokens must be finite and not negative, one a token")
+    count = min(neighbours, len(x) - 1)
+    if count < 1 or len(kept) == 0:
+        return Reduction(kept)
+    unit = torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    similarity = unit[kept] @ unit.mT
+    _comparable(similarity)
+    similarity.scatter_(1, kept[:, None], -torch.inf)
+    near = similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    shares = torch.cat([weight.new_ones(len(kept), 1), weight[near]], 1).float()
+    shares = shares / shares.sum(1, keepdim=True)
+    rows = torch.arange(len(kept), device=x.device).repeat_interleave(count + 1)
+    return Reduction(kept, Mix(rows, torch.cat([kept[:, None], near], 1).flatten(), shares.flatten()))
+
+
+def joined(parts: Sequence[Reduction], sizes: Sequence[int]) -> Reduction:
+    """Return the reductions of consecutive groups, such as frames, of `sizes` tokens each as one of all of them."""
+    if len(parts) != len(sizes):
+        raise MethodError(f"{len(parts)} reductions were given for {len(sizes)} groups; give one for each group")
+    indices, mixes, done, start = [], [], 0, 0
+    for part, size in zip(parts, sizes, strict=True):
+        indices.append(part.index + start)
+        if part.mix is not None:
+            mixes.append(Mix(part.mix.rows + done, part.mix.cols + start, part.mix.weights))
+        done, start = done + len(part.index), start + size
+    whole = torch.cat(indices)
+    if not mixes:
+        return Reduction(whole)
+    names = ("rows", "cols", "weights")
+    return Reduction(whole, Mix(*(torch.cat([getattr(mix, name) for mix in mixes]) for name in names)))
 
 
 def bipartite(

@@ -25,6 +25,7 @@ __all__ = [
     "indices_of",
     "mask_of",
     "mmr",
+    "outliers",
     "per_window_top_k",
     "threshold",
     "top_k",
@@ -85,6 +86,31 @@ def per_window_top_k(scores: torch.Tensor, windows: int | torch.Tensor, k: int =
 def threshold(scores: torch.Tensor, value: float, *, minimum: int = 0) -> torch.Tensor:
     """Return the bool mask (B, N) of scores above `value`, and of the best `minimum` of each item in any case."""
     above = _eligible(scores) & (scores > value)
+    return above | top_k_mask(scores, minimum) if minimum else above
+
+
+def outliers(scores: torch.Tensor, *, factor: float = 1.5, minimum: int = 0) -> torch.Tensor:
+    """Return the bool mask (B, N) of unusually high scores, and of the best `minimum` of each item in any case.
+
+    High is above `Q3 + factor * (Q3 - Q1)`, the quartiles of an item's eligible scores, interpolated linearly: Tukey's
+    fences, "Exploratory Data Analysis" (1977), by which LLaVA-PruMerge (2024) counts the tokens worth keeping.
+    """
+    eligible = _eligible(scores)
+    if bool((scores == torch.inf).any()):
+        raise NonFiniteError("scores that quartiles are taken of must be finite; got inf")
+    if scores.shape[1] == 0:
+        return eligible
+    ordered = scores.masked_fill(~eligible, torch.inf).sort(1).values
+    last = (eligible.sum(1, keepdim=True) - 1).clamp_min(0)
+
+    def quantile(q: float) -> torch.Tensor:
+        place = q * last
+        below = place.floor().long()
+        a, b = ordered.gather(1, below), ordered.gather(1, torch.minimum(below + 1, last))
+        return a + (b - a) * (place - below)
+
+    low, high = quantile(0.25), quantile(0.75)
+    above = eligible & (scores > high + factor * (high - low))
     return above | top_k_mask(scores, minimum) if minimum else above
 
 

@@ -6,7 +6,8 @@ them (a minus sign would make ineligible tokens the best). NaN features give NaN
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -14,13 +15,19 @@ from mmaccel.errors import MethodError
 from mmaccel.kernels import attention_received as _op
 from mmaccel.kernels.frame_change import frame_change
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = [
     "attention_received",
     "change",
     "cosine_to_neighbours",
     "cosine_to_previous_frame",
     "cosine_to_text",
+    "gaussian_similarity",
     "last_token_attention",
+    "low_variance_channels",
+    "min_max",
     "norm",
     "random",
     "temporal_change",
@@ -222,6 +229,58 @@ def cosine_to_text(
     else:
         relevance = cosine.masked_fill(~valid, 0).sum(-1) / valid.sum(-1).clamp_min(1)
     return _eligible(relevance, mask)
+
+
+def low_variance_channels(x: torch.Tensor, share: float = 0.5, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the `share` of the channels that vary least over the valid tokens of each item, as int64 (B, C).
+
+    x (B, N, D); C is share * D rounded down, but at least 1; ascending, ties to the lower channel. What hardly varies
+    is what the background has in common. VidCom2 (2025) and STC-Pruner compare tokens in these channels.
+    """
+    _ndim("x", x, "(B, N, D)")
+    _check_mask(mask, x.shape[:2])
+    if not 0 < share <= 1:
+        raise MethodError(f"share={share} of the channels must be in (0, 1]")
+    C = max(1, math.floor(share * x.shape[2] + 1e-9))
+    valid = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    wide, count = _wide(x).masked_fill(~valid[..., None], 0), valid.sum(1).clamp_min(1)[:, None]
+    mean = wide.sum(1) / count
+    variance = (wide - mean[:, None]).masked_fill(~valid[..., None], 0).square().sum(1) / count
+    return variance.sort(dim=1, stable=True).indices[:, :C].sort(1).values
+
+
+def gaussian_similarity(
+    x: torch.Tensor,
+    anchor: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    widths: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0),
+) -> torch.Tensor:
+    """Return the similarity of each token to an anchor, `sum over widths a of exp(-|x - anchor|^2 / (2 a))`.
+
+    x (..., N, D) and anchor, which broadcasts to it: (D,) is one for all, (..., 1, D) one for each group of tokens.
+    Returns (..., N), at most the number of widths. Meant for unit vectors in `low_variance_channels`; the anchor of
+    VidCom2 (2025) is the mean of a frame or video, that of STC-Pruner the mean of a frame or of all that has been seen.
+    """
+    if anchor.shape[-1:] != x.shape[-1:] or torch.broadcast_shapes(x.shape, anchor.shape) != x.shape:
+        raise MethodError(f"an anchor must broadcast to the tokens {tuple(x.shape)}; got {tuple(anchor.shape)}")
+    if not widths or min(widths) <= 0:
+        raise MethodError(f"widths={tuple(widths)} must be one or more numbers above 0")
+    squared = (_wide(x) - _wide(anchor)).square().sum(-1)
+    return _eligible(torch.stack([torch.exp(-squared / (2 * a)) for a in widths]).sum(0), mask)
+
+
+def min_max(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return scores (B, N) brought to [0, 1], the lowest valid one of each item to 0 and the highest to 1.
+
+    Where all are equal they say nothing: 0. This is the scale on which `select.mmr` weighs scores against cosines.
+    """
+    _ndim("scores", scores, "(B, N)")
+    valid = _eligible(scores, mask) > -torch.inf
+    low = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    scaled = torch.where(high > low, (scores - low) / (high - low), 0)
+    return _eligible(scaled, valid)
 
 
 def unlike(similarity: torch.Tensor) -> torch.Tensor:
