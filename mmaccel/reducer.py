@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from mmaccel.targets import Target
     from mmaccel.tokens.place import Reduction
 
-__all__ = ["BEFORE_LLM", "INSIDE_LLM", "GridReducer", "prefill_touches"]
+__all__ = ["BEFORE_LLM", "INSIDE_ENCODER", "INSIDE_LLM", "GridReducer", "prefill_touches"]
 
 BEFORE_LLM = "on the visual tokens in front of the language model"
+INSIDE_ENCODER = "inside the vision encoder"
 INSIDE_LLM = "on the visual tokens between decoder layers"
 
 

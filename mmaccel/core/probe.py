@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from mmaccel.core.patching import Patcher
 from mmaccel.errors import AdapterError
 
-__all__ = ["Listener", "probe_attention"]
+__all__ = ["Listener", "probe_attention", "probed"]
 
 # listener(query [B, H, Sq, D], key [B, Hkv, Sk, D] after rotary embedding and cache, mask, the call's keywords)
 Listener = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", dict[str, Any]], None]
@@ -45,6 +45,12 @@ def _probed_attention(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type]
     return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def probed(module: nn.Module) -> bool:
+    """Whether somebody listens to the attention module `module`."""
+    config = getattr(module, "config", None)
+    return config is not None and bool(vars(config).get(_LISTENERS))
 
 
 def probe_attention(patcher: Patcher, module: nn.Module, listener: Listener) -> None:
