@@ -31,6 +31,10 @@ DROPS = {
     "evs": "evs:keep=0.4",
     "visionzip": "visionzip:keep=0.3;contextual=0.0",
     "holitom": "holitom:keep=0.3;tau=1.0;inner_keep=1.0",
+    "idpruner": "idpruner:keep=0.3",
+    "divprune": "divprune:keep=0.3",
+    "vidcom2": "vidcom2:keep=0.4",
+    "prumerge": "prumerge:keep=0.3;neighbours=0;rest=false",
     "fastv": "fastv:keep=0.4;layer=2",
 }
 DEFAULTS = {
@@ -39,10 +43,15 @@ DEFAULTS = {
     "evs": "evs:keep=0.3",
     "visionzip": "visionzip:keep=0.3",
     "holitom": "holitom:keep=0.3;tau=0.3;contextual=0.3",
+    "idpruner": "idpruner:keep=0.3;importance=norm",
+    "divprune": "divprune:keep=0.3",
+    "vidcom2": "vidcom2:keep=0.3",
+    "prumerge": "prumerge:keep=0.3;neighbours=4;spread=0.3",
     "fastv": "fastv:keep=0.3",
     "fewer-pixels": "fewer-pixels:keep=0.3",
     "fewer-frames": "fewer-frames:keep=0.5",
 }
+EXACT = ["random", "uniform", "visionzip", "idpruner", "divprune", "vidcom2", "prumerge"]
 each_family = pytest.mark.parametrize("family", ALL, ids=ids(ALL))
 each_drop = pytest.mark.parametrize("method", DROPS)
 each_method = pytest.mark.parametrize("method", DEFAULTS)
@@ -202,7 +211,7 @@ def cells_of(places):
 
 
 @pytest.mark.parametrize("keep", [0.29, 0.5, 3, 9])
-@pytest.mark.parametrize("method", ["random", "uniform", "visionzip"])
+@pytest.mark.parametrize("method", EXACT)
 @each_family
 def test_counts_are_exact(model, family, method, keep):
     net = model(family)
@@ -234,7 +243,7 @@ def test_fastv_counts_are_exact(model, family, keep):
         assert sum(cells_of([places[place] for place in left]).values()) == want
 
 
-@pytest.mark.parametrize("method", ["random", "uniform", "visionzip", "holitom", "fastv", "evs"])
+@pytest.mark.parametrize("method", [*EXACT, "holitom", "fastv", "evs"])
 def test_more_tokens_than_there_are_is_an_error_that_names_the_nearest(model, method):
     family = VIDEO[1]
     net, inputs = model(family), family.inputs("video")

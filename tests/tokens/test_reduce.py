@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.tokens.place import Reduction
 from mmaccel.tokens.reduce import (
+    absorb_nearest,
     bipartite,
     drop,
+    joined,
     merge_by_assignment,
     merge_dropped_into_kept,
     merge_to_centres,
@@ -317,3 +320,57 @@ def test_sizes_are_above_zero():
     merge_by_assignment(assignment, 1, torch.tensor([[1.0, 2.0, 0.0]]))
     with pytest.raises(MethodError, match="above 0"):
         merge_by_assignment(assignment, 1, torch.tensor([[1.0, 0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("neighbours", [0, 1, 4, 11, 50])
+def test_absorb_nearest_takes_in_the_tokens_most_alike(neighbours):
+    x, weight = features(12, 5), torch.rand(12, generator=torch.Generator().manual_seed(1)).double()
+    kept = torch.tensor([1, 2, 7])
+    reduction = absorb_nearest(x, kept, weight, neighbours)
+    assert reduction.index.tolist() == [1, 2, 7]
+    want = []
+    for k in kept.tolist():
+        others = sorted((j for j in range(12) if j != k), key=lambda j, k=k: -cosine(x[k], x[j]))[:neighbours]
+        total = x[k].clone()
+        for j in others:
+            total += weight[j] * x[j]
+        want.append(total / (1 + sum(float(weight[j]) for j in others)))
+    near(reduction.apply(x), torch.stack(want))
+    assert (reduction.mix is None) == (neighbours == 0)
+
+
+def test_absorb_nearest_keeps_a_field_of_equal_tokens_and_breaks_ties_by_position():
+    x = features(1, 4).expand(6, 4)
+    reduction = absorb_nearest(x, torch.tensor([2, 3]), torch.full((6,), 0.3), 2)
+    near(reduction.apply(x), x[:2])
+    assert reduction.mix.cols.view(2, 3).tolist() == [[2, 0, 1], [3, 0, 1]]
+    unweighted = absorb_nearest(features(6, 4), torch.tensor([5]), torch.zeros(6), 3)
+    assert torch.equal(unweighted.apply(features(6, 4)), features(6, 4)[5:])
+
+
+def test_absorb_nearest_refuses_what_cannot_be_weighed_or_compared():
+    x, kept = features(4, 3), torch.tensor([0])
+    for weight in (torch.ones(3), torch.tensor([1.0, -0.1, 0, 0]), torch.tensor([1.0, torch.nan, 0, 0])):
+        with pytest.raises(MethodError, match="one a token"):
+            absorb_nearest(x, kept, weight, 2)
+    x[2, 1] = torch.nan
+    with pytest.raises(NonFiniteError):
+        absorb_nearest(x, kept, torch.ones(4), 2)
+
+
+def test_joined_reductions_act_on_each_group_by_itself():
+    sizes = [4, 3, 5, 2]
+    x = features(sum(sizes), 3)
+    groups = x.split(sizes)
+    parts = [
+        Reduction(torch.tensor([3, 1])),
+        merge_by_assignment(torch.tensor([[0, 1, 0]]), 2).reduction(0),
+        Reduction(torch.empty(0, dtype=torch.int64)),
+        merge_by_assignment(torch.tensor([[0, 0]]), 1).reduction(0),
+    ]
+    whole = joined(parts, sizes)
+    near(whole.apply(x), torch.cat([part.apply(group) for part, group in zip(parts, groups, strict=True)]))
+    assert whole.index.tolist() == [3, 1, 4, 5, 12]
+    assert joined(parts[:1], sizes[:1]).mix is None
+    with pytest.raises(MethodError, match="one for each group"):
+        joined(parts, sizes[:3])

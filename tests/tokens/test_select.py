@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -364,3 +365,34 @@ def test_exhaustive_small_top_k():
     for values in itertools.product([0.0, 1.0, -INF], repeat=4):
         for k in range(sum(v > -INF for v in values) + 1):
             assert select.top_k(torch.tensor([values]), k).tolist() == [best(values, k)]
+
+
+@given(st.integers(1, 30), st.integers(0, 50), st.sampled_from([0.0, 0.5, 1.5]), st.booleans())
+def test_outliers_lie_above_the_upper_fence(n, seed, factor, some):
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_cauchy((3, n)).round(1)
+    there = generator.random((3, n)) < 0.7 if some else np.ones((3, n), dtype=bool)
+    there[:, 0] = True
+    scores = torch.tensor(rows).masked_fill(~torch.tensor(there), -INF)
+    got, kept = (select.outliers(scores, factor=factor, minimum=m).numpy() for m in (0, 2 if n > 1 and not some else 1))
+    for row, valid, found, more in zip(rows, there, got, kept, strict=True):
+        low, high = np.percentile(row[valid], [25, 75])
+        fence = high + factor * (high - low)
+        clear = np.abs(row - fence) > 1e-9  # on the fence, rounding decides
+        assert np.array_equal(found[clear], ((row > fence) & valid)[clear])
+        assert (more >= found).all()
+        assert more.sum() == max(found.sum(), 2 if n > 1 and not some else 1)
+        assert not more.any() or row[more].min() >= row[valid & ~more].max(initial=-INF)
+
+
+def test_outliers_of_nothing_and_of_what_has_no_quartiles():
+    assert select.outliers(torch.full((2, 3), 0.5)).sum() == 0
+    assert select.outliers(torch.full((2, 3), 0.5), minimum=1).tolist() == [[True, False, False]] * 2
+    assert select.outliers(torch.full((1, 3), -INF)).sum() == 0
+    assert select.outliers(torch.empty(2, 0)).shape == (2, 0)
+    with pytest.raises(NonFiniteError, match="got inf"):
+        select.outliers(torch.tensor([[0.0, INF]]))
+    with pytest.raises(NonFiniteError, match="NaN"):
+        select.outliers(torch.tensor([[0.0, math.nan]]))
+    with pytest.raises(MethodError, match="nearest number is 0"):
+        select.outliers(torch.full((1, 3), -INF), minimum=1)

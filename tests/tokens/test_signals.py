@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from fractions import Fraction
 
 import pytest
 import torch
@@ -229,3 +231,61 @@ def test_wrong_arguments():
     for call in wrong:
         with pytest.raises(MethodError):
             call()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.29, 0.5, 1.0])
+def test_low_variance_channels_are_those_that_vary_least(share):
+    x = features(3, 12, 10) * (torch.arange(10) * 7 % 10 + 1) + 100
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[1, 4:] = False
+    mask[2, ::2] = False
+    x[~mask] = 1e9
+    got = signals.low_variance_channels(x, share, mask)
+    for b in range(3):
+        variance = [statistics.pvariance(x[b, mask[b], d].tolist()) for d in range(10)]
+        count = max(1, math.floor(Fraction(str(share)) * 10))
+        assert got[b].tolist() == sorted(sorted(range(10), key=lambda d, v=variance: v[d])[:count])
+    assert torch.equal(signals.low_variance_channels(x[:1], share), got[:1])
+
+
+def test_low_variance_channels_that_are_alike_are_taken_from_the_front():
+    assert signals.low_variance_channels(torch.ones(1, 4, 6)).tolist() == [[0, 1, 2]]
+    for share in (0.0, -0.5, 1.1, math.nan):
+        with pytest.raises(MethodError, match="must be in"):
+            signals.low_variance_channels(torch.ones(1, 4, 6), share)
+
+
+def test_gaussian_similarity_is_a_sum_of_bells_around_the_anchor():
+    x, anchors = features(2, 3, 4, 5), features(2, 1, 1, 5, seed=1)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[1, 2, 3] = False
+    got = signals.gaussian_similarity(x, anchors, mask, widths=(0.5, 3.0))
+    for b in range(2):
+        for t in range(3):
+            for p in range(4):
+                square = sum((float(u) - float(v)) ** 2 for u, v in zip(x[b, t, p], anchors[b, 0, 0], strict=True))
+                want = math.exp(-square) + math.exp(-square / 6) if mask[b, t, p] else -math.inf
+                near(got[b, t, p], want)
+    near(signals.gaussian_similarity(x, x), torch.full((2, 3, 4), 5.0))
+    assert torch.equal(signals.gaussian_similarity(x, x[0, 0, 0]), signals.gaussian_similarity(x, x[:1, :1, :1]))
+
+
+def test_gaussian_similarity_refuses_what_does_not_fit():
+    x = features(2, 3, 5)
+    for anchor in (features(4), features(2, 2, 3, 5), features(1), features(3, 1, 5)):
+        with pytest.raises(MethodError, match="must broadcast"):
+            signals.gaussian_similarity(x, anchor)
+    for widths in ((), (0.5, 0.0)):
+        with pytest.raises(MethodError, match="above 0"):
+            signals.gaussian_similarity(x, x, widths=widths)
+
+
+def test_min_max_brings_each_item_to_the_unit_interval():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 100.0], [5.0, 5.0, 5.0, 0.0], [-1e-9, 1e-9, 0.0, 7.0], [0.0] * 4])
+    mask = torch.tensor([[True, True, True, False]] * 3 + [[False] * 4])
+    got = signals.min_max(scores, mask)
+    none = -math.inf
+    near(got, [[1, 0, 0.5, none], [0, 0, 0, none], [0, 1, 0.5, none], [none] * 4])
+    near(signals.min_max(scores.masked_fill(~mask, none)), got)
+    assert signals.min_max(scores[:, :3]).isfinite().all()
+    assert signals.min_max(torch.tensor([[0.0, math.nan, 1.0]])).isnan().all()
