@@ -81,23 +81,16 @@ def test_equal_frames_have_equal_budgets_and_keep_equal_places(keep):
     assert all(len(frame) < len(longest) or frame == longest for frame in kept)
 
 
-def test_the_frame_that_stands_out_keeps_more_than_the_others():
-    x = noise(1, 12, 8, seed=1).expand(5, 12, 8).clone() + 2
+@pytest.mark.parametrize(("keep", "counts"), [
+    (0.25, [4, 4, 4, 9, 4]),  # softmax at this temperature is one for frame 3: (1 + 1 - 1/5) * 5 and (1 - 1/5) * 5
+    (0.88, [17, 17, 17, 20, 17]),  # 1.8 * 17.6 is more than the frame holds: the others share what is left
+    (5, [1, 1, 1, 1, 1]),  # 1.8 and 0.8 of a token, and each frame keeps one
+    (4, [1, 1, 1, 1, 0]),  # 1.44 and 0.64, rounded by largest remainder
+])  # fmt: skip
+def test_the_frame_that_stands_out_keeps_more_than_the_others(keep, counts):
+    x = noise(1, 20, 8, seed=1).expand(5, 20, 8).clone() + 2
     x[3] = -x[3]
-    counts = [len(frame) for frame in kept_of(video(x), keep=0.25)]
-    # softmax at this temperature is one for frame 3: (1 + 1 - 1/5) * 3 = 5.4 and (1 - 1/5) * 3 = 2.4
-    assert counts[3] == max(counts)
-    assert [abs(n - (5.4 if t == 3 else 2.4)) < 1 for t, n in enumerate(counts)] == [True] * 5
-    assert sum(counts) == 15
-
-
-def test_a_full_frame_leaves_its_surplus_to_the_others():
-    x = noise(1, 12, 8, seed=1).expand(5, 12, 8).clone() + 2
-    x[3] = -x[3]
-    counts = [len(frame) for frame in kept_of(video(x), keep=0.8)]
-    # 1.8 * 0.8 is more than the frame holds
-    assert counts[3] == 12
-    assert [counts[t] for t in (0, 1, 2, 4)] == [9, 9, 9, 9]
+    assert [len(frame) for frame in kept_of(video(x), keep=keep)] == counts
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
