@@ -80,7 +80,7 @@ class _Frames:
     """Frames of one size that stand one behind the other, from row `start` of the flat [rows, C] on.
 
     whole: those computed whole, ascending. reusing: the others, and `reference`: for each its place in `whole`, or -1
-    for the frame that the stream holds. before: whole frames of the call ahead of these.
+    for the frame that the stream holds. before: rows of the call's whole frames ahead of these.
     """
 
     start: int
@@ -238,7 +238,7 @@ class _Call:
         flat, before = hidden.reshape(-1, hidden.shape[-1]), 0
         for group in self.groups:
             self._decide(group, block, group.of(flat))
-            group.before, before = before, before + len(group.whole)
+            group.before, before = before, before + len(group.whole) * group.tokens
             group.settle(hidden.device)
         if any(group.reusing for group in self.groups):
             rows = [
@@ -374,8 +374,7 @@ class _Call:
         """[frames, tokens, C] of each part for the frames that reuse it; one frame where all reuse the held one."""
         found = {}
         if group.whole:
-            first = group.before * group.tokens
-            shape = (len(group.whole), group.tokens)
+            first, shape = group.before, (len(group.whole), group.tokens)
             found = {name: parts[name][first : first + shape[0] * shape[1]].unflatten(0, shape) for name in PARTS}
         if group.order is None:
             return found

@@ -61,8 +61,9 @@ def rows_to_renew(
 ) -> torch.Tensor:
     """Choose by similarity (B, N) to an earlier state which rows are computed anew, as bool (B, N).
 
-    share: that share of the rows, those least similar, rounded down but at least one; ties to the lower row. Without
-    it all rows whose similarity is not above `at_most`, which may be none; NaN is not above anything. unit: so many
+    share: that share of the rows, those least similar, rounded down but at least one. They are compared in steps of
+    2^-16, ties to the lower row, so that rows which have not changed at all do not depend on rounding noise. Without it
+    all rows whose similarity is not above `at_most`, which may be none; NaN is not above anything. unit: so many
     consecutive rows are renewed together, by their mean similarity; a divisor of N.
     """
     if similarity.ndim != 2 or unit < 1 or similarity.shape[1] % unit:
@@ -75,7 +76,7 @@ def rows_to_renew(
             raise MethodError(f"share={share} of the rows must be in (0, 1]")
         # the share as it is written: the product of floats 0.29 * 100 is below 29
         count = max(1, int(Decimal(repr(float(share))) * score.shape[1]))
-        lowest = score.nan_to_num(-torch.inf).sort(dim=1, stable=True).indices[:, :count]
+        lowest = torch.round(score * 65536).nan_to_num(-torch.inf).sort(dim=1, stable=True).indices[:, :count]
         chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, lowest, True)
     return chosen.repeat_interleave(unit, 1) if unit > 1 else chosen
 
