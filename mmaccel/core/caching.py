@@ -179,15 +179,19 @@ class _Call:
         pixels = args[0] if args else next(iter(kwargs.values()), None)
         self.size = tuple(getattr(pixels, "shape", ())[1:])
         self.grids: Any = kwargs.get("grid_thw", args[1] if encoder.packed and len(args) > 1 else None)
-        self.shapes: Any = kwargs.get("spatial_shapes", args[2] if not encoder.packed and len(args) > 2 else None)
+        # pictures of different shapes that are filled up to one number of patches
+        shapes = kwargs.get("spatial_shapes", args[2] if len(args) > 2 else None)
+        self.shapes = shapes if isinstance(shapes, torch.Tensor) and shapes.ndim == 2 else None
         self.stream: Stream | None = current_stream()
         self.held = self.stream.get(_Held) if self.stream is not None else None
         self.kind: tuple[Any, ...] = ()
         self.groups: list[_Frames] = []
         self.fresh: RowCache | None = None
         self.counts = Counts()
-        self.off = self.broken = False
+        self.off = False
         self.rows: torch.Tensor | None = None
+        self.frames: torch.Tensor | None = None
+        self.borders: dict[int, torch.Tensor] = {}
         self.windows: dict[tuple[int, int], Seen | None] = {}
 
     def block(
@@ -201,19 +205,19 @@ class _Call:
             return call(hidden, *args, **kwargs)
         if not any(group.reusing for group in self.groups):
             output, parts = self._whole(block, call, hidden, args, kwargs)
-            self._keep(index, output, parts)
+            self._keep(index, parts)
             return output
         width = hidden.shape[-1]
         flat = hidden.reshape(-1, width)
         out = torch.empty_like(flat)
         parts: dict[str, torch.Tensor] = {}
         wrap: Any = None
-        if self.rows is not None and len(self.rows):
+        if self.rows is not None:
             output, parts = self._whole(block, call, *self._some(hidden, args, kwargs))
             wrap = output if isinstance(output, tuple) else None
             made = output[0] if isinstance(output, tuple) else output
             out[self.rows] = made.reshape(-1, width)
-            self._keep(index, made, parts)
+            self._keep(index, parts)
         for number, group in enumerate(self.groups):
             if group.reusing:
                 self._renew(index, number, block, flat, out, parts, args, kwargs)
@@ -247,6 +251,7 @@ class _Call:
                 if group.whole
             ]
             self.rows = torch.cat([part.flatten() for part in rows]).to(hidden.device) if rows else None
+            self.frames = torch.tensor(self.groups[0].whole, device=hidden.device)
         elif self.stream is None:
             self.off = True
         if self.stream is not None and self.groups[0].whole:
@@ -256,7 +261,7 @@ class _Call:
         """Bring the stream up to date; a call that raises never comes here, and leaves the stream as it was."""
         if self.held is None:
             return self.counts
-        if not self.groups or self.broken:
+        if not self.groups or not self._finite():
             self.held.cache, self.held.kind = RowCache(), None
         elif self.fresh is not None:
             group = self.groups[0]
@@ -267,6 +272,12 @@ class _Call:
             self.held.age += self.groups[0].frames
         self.counts.nbytes = self.held.cache.nbytes
         return self.counts
+
+    def _finite(self) -> bool:
+        """Whether the next frames may reuse what this call leaves; what breaks in one block shows in the last."""
+        if self.fresh is None or not len(self.fresh):
+            return True
+        return bool(torch.isfinite(self.fresh.full(list(self.fresh)[-1])).all())
 
     def _lay_out(self, hidden: torch.Tensor) -> list[_Frames]:
         if not self.encoder.packed:
@@ -322,11 +333,8 @@ class _Call:
         self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
         """The arguments of a block for whole frames only."""
-        assert self.rows is not None
-        if self.encoder.packed:
-            rows, total = self.rows, hidden.shape[0]
-        else:
-            rows, total = torch.tensor(self.groups[0].whole, device=hidden.device), self.groups[0].frames
+        rows, total = (self.rows if self.encoder.packed else self.frames), hidden.shape[0]
+        assert rows is not None
 
         def some(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -336,11 +344,13 @@ class _Call:
             return value
 
         kwargs = {name: some(value) for name, value in kwargs.items()}
-        if kwargs.get("cu_seqlens") is not None:
-            borders = kwargs["cu_seqlens"]
-            stays = torch.zeros(total, dtype=torch.bool, device=hidden.device).index_fill_(0, rows, True)
-            lengths = borders.diff()[stays[borders[:-1].long()]]
-            kwargs["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(borders.dtype)
+        borders = kwargs.get("cu_seqlens")
+        if borders is not None:
+            if id(borders) not in self.borders:
+                stays = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
+                lengths = borders.diff()[stays[borders[:-1].long()]]
+                self.borders[id(borders)] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(borders.dtype)
+            kwargs["cu_seqlens"] = self.borders[id(borders)]
         return hidden[rows], tuple(some(value) for value in args), kwargs
 
     def _whole(
@@ -359,16 +369,11 @@ class _Call:
             parts |= {"key": tokens_of(block.key(x)), "value": tokens_of(block.value(x))}
         return output, parts
 
-    def _keep(self, index: int, output: Any, parts: dict[str, torch.Tensor]) -> None:
+    def _keep(self, index: int, parts: dict[str, torch.Tensor]) -> None:
         """Take what the stream's last whole frame leaves to the frames that follow."""
-        if self.fresh is None:
-            return
-        tokens = self.groups[0].tokens
-        for name in PARTS:
-            self.fresh.store((index, name), parts[name][-tokens:][None])
-        if index == len(self.encoder.blocks) - 1:
-            made = output[0] if isinstance(output, tuple) else output
-            self.broken = not bool(torch.isfinite(made.reshape(-1, made.shape[-1])[-tokens:]).all())
+        if self.fresh is not None:
+            for name in PARTS:
+                self.fresh.store((index, name), parts[name][-self.groups[0].tokens :][None])
 
     def _reference(self, index: int, group: _Frames, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """[frames, tokens, C] of each part for the frames that reuse it; one frame where all reuse the held one."""
