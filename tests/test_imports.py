@@ -47,7 +47,21 @@ def test_accelerating_a_model_does_not_load_what_it_does_not_need():
 
 
 @pytest.mark.parametrize(
-    "name", ["HoliTom", "FastV", "VisionZip", "EVS", "Random", "Uniform", "FewerFrames", "accelerate", "stream"]
+    "name",
+    [
+        "HoliTom",
+        "FastV",
+        "VisionZip",
+        "EVS",
+        "STC",
+        "ToMe",
+        "EarlyTom",
+        "Random",
+        "Uniform",
+        "FewerFrames",
+        "accelerate",
+        "stream",
+    ],
 )
 def test_public_names_are_there(name):
     import mmaccel

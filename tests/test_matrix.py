@@ -35,6 +35,7 @@ DROPS = {
     "divprune": "divprune:keep=0.3",
     "vidcom2": "vidcom2:keep=0.4",
     "prumerge": "prumerge:keep=0.3;neighbours=0;rest=false",
+    "stc": "stc:keep=0.3;refresh=1.0",
     "fastv": "fastv:keep=0.4;layer=2",
     "earlytom": "earlytom:keep=0.3;layers=;inner_keep=1.0",
     "dycoke": "dycoke:keep=0.4",
@@ -52,6 +53,7 @@ DEFAULTS = {
     "divprune": "divprune:keep=0.3",
     "vidcom2": "vidcom2:keep=0.3",
     "prumerge": "prumerge:keep=0.3;neighbours=4;spread=0.3",
+    "stc": "stc:keep=0.3;refresh=0.3",
     "fastv": "fastv:keep=0.3",
     "dycoke": "dycoke",
     "fastvid": "fastvid:keep=0.3;segments=2",
@@ -61,7 +63,9 @@ DEFAULTS = {
     "earlytom": "earlytom:keep=0.3;tau=-1.0;layers=0/1",
     "tome": "tome:keep=0.4",
 }
-EXACT = ["random", "uniform", "visionzip", "idpruner", "divprune", "vidcom2", "prumerge"]
+EXACT = ["random", "uniform", "visionzip", "idpruner", "divprune", "vidcom2", "prumerge", "stc"]
+# what besides keep switches a method off
+ALSO_OFF = {"stc": ";refresh=1.0"}
 each_family = pytest.mark.parametrize("family", ALL, ids=ids(ALL))
 each_drop = pytest.mark.parametrize("method", DROPS)
 each_method = pytest.mark.parametrize("method", DEFAULTS)
@@ -96,7 +100,7 @@ def dense(model):
 def test_neutral_knob_changes_nothing(model, dense, family, method):
     fits(family, method)
     kinds = [kind for kind in family.kinds if kind != "turn"]
-    with mmaccel.accelerate(model(family), f"{method}:keep=1.0"):
+    with mmaccel.accelerate(model(family), f"{method}:keep=1.0{ALSO_OFF.get(method, '')}"):
         for kind in [*kinds, mixture(family)]:
             inputs, logits, tokens, steps = dense(family, kind)
             assert torch.equal(call(model(family), inputs).logits, logits), kind

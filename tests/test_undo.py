@@ -25,6 +25,7 @@ METHODS = [
     "vidcom2:keep=0.3",
     "prumerge:keep=0.3",
     "holitom:keep=0.3;tau=0.3",
+    "stc:keep=0.3;refresh=0.3",
     "fastv:keep=0.3",
     "dycoke",
     "fastvid:keep=0.3",
@@ -36,6 +37,7 @@ STACKS = [
     ("random:keep=0.5", "fastv:keep=0.5"),
     ("evs:keep=0.5", "fastv:keep=0.5"),
     ("fewer-frames:keep=0.5", "holitom:keep=0.5"),
+    ("stc:keep=1.0", "visionzip:keep=0.5"),
     ("fewer-pixels:keep=0.5", "visionzip:keep=0.5", "fastv:keep=0.5"),
 ]
 

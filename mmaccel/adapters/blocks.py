@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmaccel.core.block import Block, Map, heads_of
+from mmaccel.core.block import Block, Map, heads_of, tokens_of
 from mmaccel.errors import AdapterError
 
 __all__ = ["take_apart"]
@@ -58,6 +58,10 @@ def _joined(linear: Any) -> list[Map]:
     return [_third(linear, i, linear.weight if plain else None, linear.bias if plain else None) for i in range(3)]
 
 
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def _encoder_layer(block: Any) -> Block:
     """CLIP, SigLIP, SigLIP2 of transformers."""
     attention = block.self_attn
@@ -68,6 +72,10 @@ def _encoder_layer(block: Any) -> Block:
         key=lambda x: heads_of(attention.k_proj(x), heads),
         value=lambda x: heads_of(attention.v_proj(x), heads),
         out=attention.out_proj, mlp=block.mlp, scale=attention.scale,
+        taps={
+            "key": (attention.k_proj, _itself), "value": (attention.v_proj, _itself),
+            "attention": (attention, lambda made: made[0]), "mlp": (block.mlp, _itself),
+        },
     )  # fmt: skip
 
 
@@ -81,6 +89,11 @@ def _internvit(block: Any) -> Block:
         value=lambda x: heads_of(attention.v_proj(x), heads),
         out=lambda x: block.lambda_1 * attention.projection_dropout(attention.projection_layer(x)),
         mlp=lambda x: block.lambda_2 * block.dropout(block.mlp(x)), scale=attention.scale,
+        taps={
+            "key": (attention.k_norm, _itself), "value": (attention.v_proj, _itself),
+            "attention": (attention, lambda made: block.lambda_1 * made[0]),
+            "mlp": (block.dropout, lambda x: block.lambda_2 * x),
+        },
     )  # fmt: skip
 
 
@@ -99,6 +112,10 @@ def _qwen(block: Any) -> Block:
         query=lambda x: heads_of(query(x), heads), key=lambda x: heads_of(key(x), heads),
         value=lambda x: heads_of(value(x), heads),
         out=attention.proj, mlp=block.mlp, scale=attention.scaling, rotate=rotate,
+        taps={
+            "key": (attention.qkv, lambda x: x.chunk(3, -1)[1]), "value": (attention.qkv, lambda x: x.chunk(3, -1)[2]),
+            "attention": (attention, _itself), "mlp": (block.mlp, _itself),
+        },
     )  # fmt: skip
 
 
@@ -115,6 +132,10 @@ def _timm(block: Any) -> Block:
         value=lambda x: heads_of(value(x), heads),
         out=lambda x: block.drop_path1(block.ls1(attention.proj_drop(attention.proj(attention.norm(x))))),
         mlp=lambda x: block.drop_path2(block.ls2(block.mlp(x))), scale=attention.scale,
+        taps={
+            "key": (attention.k_norm, tokens_of), "value": (attention.qkv, lambda x: x.chunk(3, -1)[2]),
+            "attention": (block.drop_path1, _itself), "mlp": (block.drop_path2, _itself),
+        },
     )  # fmt: skip
 
 
@@ -128,6 +149,8 @@ def _open_clip(block: Any) -> Block:
         value=lambda x: heads_of(parts[2](x), heads),
         out=lambda x: block.ls_1(attention.out_proj(x)), mlp=lambda x: block.ls_2(block.mlp(x)),
         scale=attention.head_dim**-0.5,
+        # keys and values of nn.MultiheadAttention are made inside a function
+        taps={"attention": (block.ls_1, _itself), "mlp": (block.ls_2, _itself)},
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ class Block:
     query, key, value: of normed tokens [..., N, C], as [..., H, N, D], norms of q and k included. out: of what the
     heads saw [..., N, H * D], projection and layer scale included, as `mlp` includes its own. rotate(x, (cos, sin))
     turns queries or keys [..., H, N, D] to their positions, cos and sin [N, D]; None without rotary positions.
-    attention: the module that computes it in the model.
+    attention: the module that computes it in the model. taps: modules whose output, through the map beside it, is what
+    a block is made of, so that the block's own forward shows it: "key" and "value" [..., N, H * D] (norms of k
+    included), "attention" and "mlp" [..., N, C], what the two branches add.
     """
 
     module: nn.Module
@@ -46,6 +49,7 @@ class Block:
     mlp: Map
     scale: float
     rotate: Callable[[torch.Tensor, Rotary], torch.Tensor] | None = None
+    taps: Mapping[str, tuple[nn.Module, Callable[[Any], torch.Tensor]]] = field(default_factory=dict)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None

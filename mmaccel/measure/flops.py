@@ -38,6 +38,11 @@ def _greedy_diverse(x: Any, *_: Any, **__: Any) -> int:
     return 2 * B * N * N * D
 
 
+def _partial_row_attention(q: Any, _k_new: Any, _v_new: Any, _rows: Any, _k: Any, v: Any, *_: Any, **__: Any) -> int:
+    B, H, m, D = q
+    return 2 * B * H * m * v[2] * (D + v[3])
+
+
 def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Count the FLOPs of one call to the first token: encode, project, prefill, rest, their total, and overhead.
 
@@ -90,13 +95,15 @@ def own_flops(model: Any) -> Iterator[OwnFlops]:
 def _counter() -> FlopCounterMode:
     import mmaccel.kernels.attention_received
     import mmaccel.kernels.greedy_diverse
-    import mmaccel.kernels.pairwise_match  # noqa: F401 - registers the op, as those above do
+    import mmaccel.kernels.pairwise_match
+    import mmaccel.kernels.partial_row_attention  # noqa: F401 - registers the op, as those above do
 
     ours = torch.ops.mmaccel
     mapping = {
         ours.attention_received: _attention_received,
         ours.pairwise_match: _pairwise_match,
         ours.greedy_diverse: _greedy_diverse,
+        ours.partial_row_attention: _partial_row_attention,
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,75 @@ import torch
 from mmaccel.errors import MethodError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-__all__ = ["RowCache"]
+__all__ = ["RowCache", "reference_frames", "row_similarity", "rows_to_renew"]
+
+
+def reference_frames(
+    first: Sequence[bool],
+    interval: int | None,
+    *,
+    held: int | None = None,
+    like: Callable[[int, int], bool] | None = None,
+) -> list[int]:
+    """Say for each frame which one it reuses: itself where it is computed whole, -1 for one that was held from before.
+
+    first: whether a frame begins a video, which ends reuse. interval: a frame is computed whole once its reference is
+    this many frames old, None for never. held: how many frames ago (0: just now) the held reference was, None without
+    one. like(frame, reference) says whether a frame is still like its reference; where it is not it is computed whole.
+    """
+    found: list[int] = []
+    reference, age = (None, 0) if held is None else (-1, held)
+    for frame, begins in enumerate(first):
+        age += 1
+        stale = reference is None or begins or (interval is not None and age >= interval)
+        if stale or (like is not None and not like(frame, reference)):  # type: ignore[arg-type]
+            reference, age = frame, 0
+        assert reference is not None
+        found.append(reference)
+    return found
+
+
+def row_similarity(rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of each row of rows (B, N, C) with the same row of reference (B or 1, N, C), float32 (B, N).
+
+    A row of zeros is like nothing: 0.
+    """
+    if rows.ndim != 3 or reference.ndim != 3 or reference.shape[1:] != rows.shape[1:]:
+        raise MethodError(
+            f"rows and their reference must be (B, N, C), equal in N and C; got {tuple(rows.shape)} and "
+            f"{tuple(reference.shape)}"
+        )
+    a, b = rows.float(), reference.float()
+    lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    cosine = torch.linalg.vecdot(a, b, dim=-1) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    return cosine.clamp(-1, 1)
+
+
+def rows_to_renew(
+    similarity: torch.Tensor, *, share: float | None = None, at_most: float = 1.0, unit: int = 1
+) -> torch.Tensor:
+    """Choose by similarity (B, N) to an earlier state which rows are computed anew, as bool (B, N).
+
+    share: that share of the rows, those least similar, rounded down but at least one. They are compared in steps of
+    2^-16, ties to the lower row, so that rows which have not changed at all do not depend on rounding noise. Without it
+    all rows whose similarity is not above `at_most`, which may be none; NaN is not above anything. unit: so many
+    consecutive rows are renewed together, by their mean similarity; a divisor of N.
+    """
+    if similarity.ndim != 2 or unit < 1 or similarity.shape[1] % unit:
+        raise MethodError(f"similarity must be (B, N) with N a multiple of {unit}; got {tuple(similarity.shape)}")
+    score = similarity.unflatten(1, (-1, unit)).mean(2) if unit > 1 else similarity
+    if share is None:
+        chosen = ~(score > at_most)
+    else:
+        if not 0 < share <= 1:
+            raise MethodError(f"share={share} of the rows must be in (0, 1]")
+        # the share as it is written: the product of floats 0.29 * 100 is below 29
+        count = max(1, int(Decimal(repr(float(share))) * score.shape[1]))
+        lowest = torch.round(score * 65536).nan_to_num(-torch.inf).sort(dim=1, stable=True).indices[:, :count]
+        chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, lowest, True)
+    return chosen.repeat_interleave(unit, 1) if unit > 1 else chosen
 
 
 class RowCache:

@@ -12,6 +12,7 @@ from checks import ALL, call, ids
 from mmaccel.adapters import video_lm
 from mmaccel.adapters.blocks import take_apart
 from mmaccel.adapters.vision import VisionModel, of_vision_tower
+from mmaccel.core.block import tokens_of
 from mmaccel.errors import AdapterError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -95,6 +96,57 @@ def test_parts_of_a_vision_language_model_make_its_blocks(model, family):
     assert encoder.packed == family.name.startswith("qwen")
     assert net.get_submodule(encoder.path) is encoder.module
     assert largest_error(encoder, lambda: call(net, inputs)) < 5e-6
+
+
+def shown_and_computed(encoder, run):
+    """The largest difference between what a block's taps show in its own forward and what its parts give."""
+    errors, hooks = [], []
+    for block in encoder.blocks:
+        shown, given = {}, {}
+        for name, (module, shape) in block.taps.items():
+            hook = module.register_forward_hook(
+                lambda _m, _a, made, name=name, shape=shape, shown=shown: shown.__setitem__(name, shape(made))
+            )
+            hooks.append(hook)
+
+        def before(_module, args, kwargs, given=given):
+            given["x"] = args[0] if args else kwargs.get("hidden_states", kwargs.get("q_x"))
+
+        def after(_module, _args, output, block=block, shown=dict, given=given):
+            seen = dict(shown)  # the parts call the same modules
+            x, out = given["x"], output[0] if isinstance(output, tuple) else output
+            assert {"attention", "mlp"} <= set(seen)
+            errors.append(float((x + seen["attention"] + seen["mlp"] - out).abs().max()))
+            errors.append(float((block.mlp(block.norm2(x + seen["attention"])) - seen["mlp"]).abs().max()))
+            h = block.norm1(x)
+            for name, part in (("key", block.key), ("value", block.value)):
+                if name in seen:
+                    errors.append(float((tokens_of(part(h)) - seen[name]).abs().max()))
+
+        hooks.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(
+            block.module.register_forward_hook(lambda m, a, o, after=after, shown=shown: after(m, a, o, shown=shown))
+        )
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_block_shows_its_parts_in_its_own_forward(name):
+    model, run = TOWERS[name]
+    encoder = VisionModel(model).encoder()
+    assert shown_and_computed(encoder, run) < 2e-6
+    assert ("key" in encoder.blocks[0].taps) == (name != "open_clip")
+
+
+@pytest.mark.parametrize("family", ALL, ids=ids(ALL))
+def test_a_vision_language_model_shows_the_parts_of_its_blocks(model, family):
+    net = model(family)
+    inputs = family.inputs(["video" if "video" in family.modalities else "image"])
+    assert shown_and_computed(of_vision_tower(video_lm(net)), lambda: call(net, inputs)) < 5e-6
 
 
 def test_a_joined_projection_that_is_not_a_plain_layer_is_asked_itself():

@@ -120,3 +120,18 @@ def test_wrong_lengths(model):
         prefill_flops(tiny, [10])
     with pytest.raises(MMAccelError, match="4 layers"):
         encoder_flops(tiny, [[10]])
+
+
+def test_rows_that_are_reused_cost_nothing(model):
+    family = FAMILIES["llava-onevision"]
+    tiny = model(family)
+    inputs = family.inputs("video")
+    counted, shapes = count_flops(tiny, inputs), shapes_of(tiny, inputs)
+    with accelerate(tiny, "stc:keep=1.0;refresh=0.25;interval=2"):
+        reduced = count_flops(tiny, inputs)
+    config = tiny.config.vision_config
+    T, N, C, m = len(shapes.vision[0]), shapes.vision[0][0], config.hidden_size, config.intermediate_size
+    rows = int(N * 0.25)
+    whole = 2 * (4 * N * C * C + 2 * N * N * C + 2 * N * C * m)
+    cached = 2 * (N * C * C + 3 * rows * C * C + 2 * rows * N * C + 2 * rows * C * m)
+    assert counted["encode"] - reduced["encode"] == T // 2 * config.num_hidden_layers * (whole - cached)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaccel.errors import MethodError
-from mmaccel.tokens.reuse import RowCache
+from mmaccel.tokens.reuse import RowCache, reference_frames, row_similarity, rows_to_renew
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,3 +116,88 @@ def test_wrong_use():
         with pytest.raises(MethodError):
             cache.update("a", *arguments)
     assert cache.full("a").eq(0).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.booleans(), max_size=12),
+    st.one_of(st.none(), st.integers(1, 5)),
+    st.one_of(st.none(), st.integers(0, 4)),
+    st.integers(0, 2**12 - 1),
+)
+def test_references_are_the_last_whole_frame(first, interval, held, cuts):
+    def like(frame, reference):
+        assert reference < frame
+        return not cuts >> frame & 1
+
+    for asked in (None, like):
+        got = reference_frames(first, interval, held=held, like=asked)
+        # frame -1 - held is the held one, in the same count of frames
+        last, want = None if held is None else -1 - held, []
+        for frame, begins in enumerate(first):
+            whole = last is None or begins or (interval is not None and frame - last >= interval)
+            if whole or (asked is not None and cuts >> frame & 1):
+                last = frame
+            want.append(last if last >= 0 else -1)
+        assert got == want
+
+
+def test_references_of_a_fixed_interval():
+    assert reference_frames([True, False, False, False, True, False], 2) == [0, 0, 2, 2, 4, 4]
+    assert reference_frames([False, False, False], 2, held=0) == [-1, 1, 1]
+    assert reference_frames([False, False], None, held=7) == [-1, -1]
+    assert reference_frames([False, False], None) == [0, 0]
+    assert reference_frames([], 2) == []
+
+
+def test_similarity_is_the_cosine_of_each_row():
+    x, y = torch.randn(2, 5, 7), torch.randn(1, 5, 7)
+    x[1, 2] = 0
+    x[0, 1] = y[0, 1] * 3
+    got = row_similarity(x, y)
+    for b in range(2):
+        for n in range(5):
+            want = torch.nn.functional.cosine_similarity(x[b, n], y[0, n], dim=0)
+            assert abs(float(got[b, n] - want)) < 1e-6
+    assert got[1, 2] == 0
+    assert got.max() <= 1
+    assert row_similarity(x.half(), y.half()).dtype == torch.float32
+    with pytest.raises(MethodError, match="equal in N and C"):
+        row_similarity(x, torch.randn(1, 4, 7))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.data())
+def test_rows_that_are_renewed_are_the_least_similar(B, groups, unit, data):
+    levels = st.sampled_from([-1.0, -0.25, 0.0, 0.5, 0.75, 1.0])
+    similarity = torch.tensor(data.draw(st.lists(levels, min_size=B * groups * unit, max_size=B * groups * unit)))
+    similarity = similarity.view(B, groups * unit)
+    share = data.draw(st.sampled_from([0.01, 0.25, 0.29, 0.5, 1.0]))
+    got = rows_to_renew(similarity, share=share, unit=unit)
+    above = rows_to_renew(similarity, at_most=0.5, unit=unit)
+    for b, row in enumerate(similarity.tolist()):
+        means = [sum(row[g * unit : (g + 1) * unit]) / unit for g in range(groups)]
+        order = sorted(range(groups), key=lambda g: (round(means[g] * 2**16), g))
+        chosen = order[: max(1, int(groups * share + 1e-9))]
+        assert got[b].tolist() == [g in chosen for g in range(groups) for _ in range(unit)]
+        assert above[b].tolist() == [means[g] <= 0.5 for g in range(groups) for _ in range(unit)]
+
+
+def test_a_share_is_taken_as_it_is_written_and_noise_chooses_nothing():
+    assert rows_to_renew(torch.zeros(1, 100), share=0.29).sum() == 29
+    noisy = 1 - 1e-7 * torch.rand(1, 50)
+    noisy[0, 40] = 0.9
+    assert rows_to_renew(noisy, share=0.1).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 40]
+
+
+def test_rows_that_are_not_a_number_are_renewed():
+    similarity = torch.tensor([[1.0, torch.nan, 0.9, 1.0]])
+    assert rows_to_renew(similarity, at_most=0.5).tolist() == [[False, True, False, False]]
+    assert rows_to_renew(similarity, share=0.25).tolist() == [[False, True, False, False]]
+
+
+def test_what_cannot_be_chosen_is_refused():
+    with pytest.raises(MethodError, match="multiple of 3"):
+        rows_to_renew(torch.zeros(1, 4), share=0.5, unit=3)
+    with pytest.raises(MethodError, match=r"in \(0, 1\]"):
+        rows_to_renew(torch.zeros(1, 4), share=0.0)
