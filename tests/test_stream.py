@@ -134,6 +134,7 @@ def test_kept_tokens_are_read_as_by_the_dense_language_model(family, model, posi
 # with a third of the 9 or 15 tokens of a frame, a budget that is spread evenly is the same for one frame and for many
 PER_FRAME = {
     "visionzip": ["visionzip:contextual=0.4"],
+    "prumerge": ["prumerge:neighbours=2"],
     "stc": ["stc:refresh=1.0", "stc:refresh=0.5;interval=3", "stc:rule=similarity;similarity=0.9;interval=none"],
 }
 
@@ -154,6 +155,15 @@ def test_a_method_that_works_frame_by_frame_gives_what_it_gives_offline(family, 
         assert stats.held * 3 == stats.made
         assert stats.reduced == stats.made - stats.held
         assert session.report().tokens[method.info.name, "on each frame of a stream"].tokens_out == stats.held
+    assert not torch.equal(offline(model(family), inputs_of(family, frames))[1], want[1])  # it does something
+
+
+@pytest.mark.parametrize("family", STREAMED, ids=ids(STREAMED))
+def test_a_method_inside_the_encoder_gives_what_it_gives_offline(family, model):
+    frames = frames_of(family)
+    with mmaccel.accelerate(model(family), "tome:keep=0.5"):
+        want = offline(model(family), inputs_of(family, frames))
+    same(streamed(model(family), family, frames, "tome:keep=0.5"), want)
     assert not torch.equal(offline(model(family), inputs_of(family, frames))[1], want[1])  # it does something
 
 

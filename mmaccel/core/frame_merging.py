@@ -17,15 +17,14 @@ from torch import nn
 from mmaccel.core.encoder import Encoder
 from mmaccel.core.encoding import encoding
 from mmaccel.core.flops import linear_weights
+from mmaccel.core.layout import MERGED_SCORE
 from mmaccel.core.patching import Patcher
 from mmaccel.core.probe import probe_attention
 from mmaccel.errors import NonFiniteError
 from mmaccel.kernels.attention_received import attention_received
 from mmaccel.tokens.frames import FrameGroups, MergedFrames, frame_similarity
 
-__all__ = ["SCORE", "merge_frames"]
-
-SCORE = "received by merged frames"
+__all__ = ["merge_frames"]
 
 # decide(similarities, what lives of this video) -> groups of living frames, and the threshold that made them
 Passing = Callable[[], "_Passage | None"]
@@ -74,7 +73,7 @@ def merge_frames(
     """Ask `decide` behind each block of `layers` (counted from 0) which frames of each video become one.
 
     The attention that each token of a frame receives in the last of these blocks (of Qwen2.5: the last before it that
-    sees whole frames) is merged with the frames, and becomes the encoder call's score SCORE, of images too, whose tiles
+    sees whole frames) is merged with the frames, and becomes the encoder call's score MERGED_SCORE, of images too, whose tiles
     never merge. Behind the last round `cut` is asked for the segments of what is left. `compute` is called once an
     encoder call with the stage, FLOPs, and FLOPs without merging.
     """
@@ -96,7 +95,7 @@ def merge_frames(
         if done.merges:
             encoded.merged = [video.merged for video in done.videos]
         if scores := [_spread(video, video.scores) for video in done.videos if video.scores is not None]:
-            encoded.scores[SCORE] = scores
+            encoded.scores[MERGED_SCORE] = scores
         features = getattr(output, "deepstack_features", None)
         if features and done.changed:
             for level, merged in enumerate(done.levels[: len(features)]):

@@ -12,7 +12,9 @@ from torch import nn
 from mmaccel.errors import NotApplicableError
 from mmaccel.tokens.frames import MergedFrames
 
-__all__ = ["Encoded", "GridLayout", "ItemLayout", "Site", "VisualTokens"]
+__all__ = ["MERGED_SCORE", "Encoded", "GridLayout", "ItemLayout", "Site", "VisualTokens"]
+
+MERGED_SCORE = "received by merged frames"  # scores that came about while frames merged
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from mmaccel.core.frame_merging import SCORE, merge_frames
+from mmaccel.core.layout import MERGED_SCORE
 from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.inner_merge import InnerMerge
 from mmaccel.method import Info, Stage, Touch, knob
@@ -142,10 +142,12 @@ class EarlyTom(InnerMerge):
 
     def score_name(self, site: Any) -> str:
         """Scores are read where frames merge; without such a place at the usual layer."""
-        return SCORE if self.merging_layers(site.encoder()) else super().score_name(site)
+        return MERGED_SCORE if self.merging_layers(site.encoder()) else super().score_name(site)
 
     def install(self, installer: Installer) -> None:
         """Hook the vision blocks and hand the selection to the prefill hooks."""
+        from mmaccel.core.frame_merging import merge_frames
+
         super().install(installer)
         if self.neutral:
             return

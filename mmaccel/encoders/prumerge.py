@@ -58,6 +58,7 @@ class PruMerge(GridReducer):
         "llava plus": {"adaptive": True, "neighbours": 32, "spread": 0.75, "source": "authors' code: 3 an outlier"},
     }  # fmt: skip
     needs_scores: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -103,6 +103,8 @@ class STC(GridReducer):
         }
     }  # fmt: skip
 
+    streams: ClassVar[bool] = True
+
     @property
     def caches(self) -> bool:
         """Whether the cacher is on."""

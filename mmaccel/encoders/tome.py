@@ -66,6 +66,8 @@ class ToMe(Method):
         "vit-large 384": {"r": 23, "source": "paper: ViT-L/16 at 384 pixels, top-1 86.92 to 86.14"}
     }
 
+    streams: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r is not None and self.keep != _KEEP:
