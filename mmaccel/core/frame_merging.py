@@ -73,9 +73,9 @@ def merge_frames(
     """Ask `decide` behind each block of `layers` (counted from 0) which frames of each video become one.
 
     The attention that each token of a frame receives in the last of these blocks (of Qwen2.5: the last before it that
-    sees whole frames) is merged with the frames, and becomes the encoder call's score MERGED_SCORE, of images too, whose
-    tiles never merge. Behind the last round `cut` is asked for the segments of what is left. `compute` is called once an
-    encoder call with the stage, FLOPs, and FLOPs without merging.
+    sees whole frames) is merged with the frames, and becomes the encoder call's score MERGED_SCORE; of images too,
+    whose tiles never merge. Behind the last round `cut` is asked for the segments of what is left. `compute` is called
+    once an encoder call with the stage, FLOPs, and FLOPs without merging.
     """
 
     def passage() -> _Passage | None:
