@@ -138,6 +138,7 @@ class EarlyTom(InnerMerge):
         encoder = site.encoder()
         touches = [Touch(f"{encoder.path} layer {n}", "merges frames behind it") for n in self.merging_layers(encoder)]
         touches.append(Touch(encoder.path, "computes the frames that are left"))
+        touches += [Touch(name, "gives every frame its place again") for name in _names(site)]
         return touches + super().plan(target)
 
     def score_name(self, site: Any) -> str:
@@ -197,3 +198,10 @@ class EarlyTom(InnerMerge):
             # the product of floats may lie a little above a whole number
             return select.top_k(score, min(S, math.ceil(round(S * ratio, 9))))
         return select.per_window_top_k(score, min(S, max(1, round(S * ratio))))
+
+
+def _names(site: Any) -> list[str]:
+    """What of the family's frame boundary is called, as seen from the user's object."""
+    names = {id(module): name for name, module in site.target.named_modules()}
+    boundary = [part if isinstance(part, tuple) else (part, "") for part in site.frame_boundary()]
+    return [".".join(filter(None, (names[id(module)], method))) for module, method in boundary]
