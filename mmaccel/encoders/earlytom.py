@@ -139,7 +139,14 @@ class EarlyTom(InnerMerge):
         touches = [Touch(f"{encoder.path} layer {n}", "merges frames behind it") for n in self.merging_layers(encoder)]
         touches.append(Touch(encoder.path, "computes the frames that are left"))
         touches += [Touch(name, "gives every frame its place again") for name in _names(site)]
-        return touches + super().plan(target)
+        rest = super().plan(target)
+        if layers := self.merging_layers(encoder):
+            # scores are read where frames merge, not at the usual layer
+            rest = [touch for touch in rest if touch.where != f"vision layer {site.score_layer()}"]
+            rest.append(
+                Touch(f"{encoder.path} layer {site.sees_whole_frames(max(layers))}", "reads q and k for scores")
+            )
+        return touches + rest
 
     def score_name(self, site: Any) -> str:
         """Scores are read where frames merge; without such a place at the usual layer."""
