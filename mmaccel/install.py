@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mmaccel.core.patching import Patcher
@@ -22,6 +23,7 @@ class Installer:
         self.target, self.patcher, self.report = target, patcher, report
         self._prefill: Any = None
         self._gates: list[Any] = []
+        self._inside: list[Callable[[], None]] = []
 
     @property
     def prefill(self) -> Any:
@@ -36,6 +38,10 @@ class Installer:
         """Pass the calls of the vision tower through `thin`, see `core.gate`."""
         self._gates.append(thin)
 
+    def inside_gates(self, put: Callable[[], None]) -> None:
+        """Put hooks on the vision tower, by calling `put`, so that they see what gates have left of a call."""
+        self._inside.append(put)
+
     def finish(self) -> None:
         """Put on the hooks that methods share."""
         if self._prefill is not None:
@@ -49,3 +55,5 @@ class Installer:
             from mmaccel.core.gate import gate_tower
 
             gate_tower(self.patcher, self.target.site, thin)
+        for put in self._inside:
+            put()

@@ -51,7 +51,8 @@ class Qwen2VL(VideoLM):
 
     def video_frames(self, encoded: Encoded) -> list[tuple[int, int]]:
         """Frames are temporal groups."""
-        return [(t, h * w) for t, h, w in self.grids(encoded).tolist()]
+        grids = encoded.thinned[-1].grids if encoded.thinned else self.grids(encoded)
+        return [(t, h * w) for t, h, w in grids.tolist()]
 
     def frame_boundary(self) -> list[nn.Module | tuple[nn.Module, str]]:
         """The mergers: what follows them in the tower puts rows in order."""

@@ -85,8 +85,7 @@ def merge_frames(
     def enter(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
         encoded = encoding(site)
         if encoded is not None:
-            videos = [_Video(rows, MergedFrames.none(T)) for T, rows in site.video_frames(encoded)]
-            encoded.passage = _Passage(videos, encoded.modality == "video")
+            encoded.passage = _Passage([], encoded.modality == "video")
 
     def leave(_module: nn.Module, _args: Any, _kwargs: Any, output: Any = None) -> None:
         encoded, done = encoding(site), passage()
@@ -106,7 +105,7 @@ def merge_frames(
     patcher.before(encoder.module, enter)
     patcher.after(encoder.module, leave, always=True, first=True)
     for index, block in enumerate(encoder.blocks):
-        patcher.before(block.module, _fit(passage, encoder.packed))
+        patcher.before(block.module, _fit(site, passage, encoder.packed))
         if index == score_at:
             probe_attention(patcher, block.attention, _listen(passage))
         if index == score_at or index in layers:
@@ -138,7 +137,7 @@ def _listen(passage: Passing) -> Callable[..., None]:
     return listen
 
 
-def _fit(passage: Passing, packed: bool) -> Callable[..., Any]:
+def _fit(site: Any, passage: Passing, packed: bool) -> Callable[..., Any]:
     """Count the living frames, and give a block of a packed tower the rows of its tables that belong to them."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,8 +145,10 @@ def _fit(passage: Passing, packed: bool) -> Callable[..., Any]:
         if here is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if not here.videos:  # a batch of images
-            here.videos.append(_Video(1, MergedFrames.none(hidden.shape[0])))
+        if not here.videos:
+            # only now is it known whether somebody has made the frames smaller
+            frames = site.video_frames(encoding(site)) or [(hidden.shape[0], 1)]  # a batch of images
+            here.videos += [_Video(rows, MergedFrames.none(T)) for T, rows in frames]
         here.alive.append([len(video.merged) for video in here.videos])
         for video in here.videos:
             video.tokens, video.width = hidden.shape[1] if hidden.dim() == 3 else video.rows, hidden.shape[-1]
@@ -180,7 +181,6 @@ def _living_rows(cuts: torch.Tensor, videos: list[_Video]) -> tuple[torch.Tensor
 def _behind(
     passage: Passing, encoder: Encoder, scored: bool, reach: int | None, merging: tuple[Decide, Cut | None] | None
 ) -> Callable[..., Any]:
-    @torch.no_grad()
     def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         here = passage()
         if here is None:
@@ -197,7 +197,7 @@ def _behind(
         parts = list(hidden.split([video.length for video in here.videos]))
         for place, video in enumerate(here.videos):
             frames = parts[place].unflatten(0, (len(video.merged), video.rows)).flatten(1, -2)
-            c = frame_similarity(frames[:, encoder.prefix :], reach)
+            c = frame_similarity(frames[:, encoder.prefix :].detach(), reach)
             if not bool(torch.isfinite(c).all()):
                 raise NonFiniteError(
                     f"{encoder.path} produced NaN or infinity inside; check its weights, dtype and input."
@@ -209,7 +209,7 @@ def _behind(
                 if video.scores is not None:
                     video.scores = _mixed(video.scores, groups)
                 if cut is not None:
-                    c = frame_similarity(left[:, encoder.prefix :], reach)
+                    c = frame_similarity(left[:, encoder.prefix :].detach(), reach)
             cuts = video.merged.cuts if cut is None else cut(c.tolist(), threshold)
             video.merged = video.merged.then(groups, cuts)
         joined = torch.cat(parts)
@@ -225,11 +225,12 @@ def _tokens(here: _Passage, hidden: torch.Tensor) -> list[int]:
 
 def _mixed(frames: torch.Tensor, groups: FrameGroups) -> torch.Tensor:
     """[n, ...] to [len(groups), ...]; a frame by itself passes bit for bit."""
-    out = frames[torch.tensor([group[0][0] for group in groups], device=frames.device)]
-    for place, group in enumerate(groups):
-        if len(group) > 1:
-            out[place] = sum(frames[old].float() * weight for old, weight in group)  # type: ignore[assignment]
-    return out
+    out = []
+    for group in groups:
+        alone = len(group) == 1
+        mixed: Any = frames[group[0][0]] if alone else sum(frames[old].float() * weight for old, weight in group)
+        out.append(mixed.to(frames.dtype))
+    return torch.stack(out)
 
 
 def _spread(video: _Video, living: torch.Tensor) -> torch.Tensor:

@@ -162,8 +162,9 @@ class EarlyTom(InnerMerge):
         site = installer.target.site
         encoder = site.encoder()
         if layers := self.merging_layers(encoder):
-            merge_frames(
-                installer.patcher, site, encoder, layers, self.longest, self.merge, self.cut, installer.report.compute
+            patcher, compute = installer.patcher, installer.report.compute
+            installer.inside_gates(
+                lambda: merge_frames(patcher, site, encoder, layers, self.longest, self.merge, self.cut, compute)
             )
 
     def merge(self, c: list[list[float]], merged: MergedFrames) -> tuple[FrameGroups, float]:

@@ -441,3 +441,42 @@ def test_layers_are_given_in_three_ways():
     assert parse("earlytom:layers=4")[0] == EarlyTom(layers=(4,)) == EarlyTom(layers="4")
     preset = EarlyTom.preset("llava-onevision mvbench keep 0.10")
     assert (preset.tau, preset.strict, preset.layers) == (0.65, True, "6/21/23")
+
+
+@each_family
+def test_frames_that_were_made_smaller_merge_too(model, family):
+    net, inputs = model(family), family.inputs(["video", "videos"])
+    smaller = "fewer-pixels:keep=0.4"
+    logits, kept = [], []
+    for spec in ("earlytom:layers=;keep=0.6;inner_keep=1.0", "earlytom:tau=2.0;layers=1;keep=0.6;inner_keep=1.0"):
+        with mmaccel.accelerate(net, smaller, spec) as handle:
+            logits.append(call(net, inputs).logits)
+            kept.append([len(row) for row in handle.report().kept("earlytom")])
+    assert kept[0] == kept[1]
+    with mmaccel.accelerate(net, smaller) as handle:
+        call(net, inputs)
+        left = handle.report().kept("fewer-pixels")
+    with mmaccel.accelerate(net, smaller, "earlytom:tau=-1.0;layers=0;temporal_only=true;inner_keep=1.0") as handle:
+        merged = call(net, inputs).logits
+        both = handle.report().kept("earlytom")
+    for ours, theirs in zip(both, left, strict=True):
+        assert set(ours) <= set(theirs)
+    assert both != left  # some frames did merge
+    assert torch.isfinite(merged).all()
+
+
+def test_gradients_pass_through_merged_frames(model):
+    family = next(family for family in FAMILIES if family.name == "llava-onevision")
+    net = model(family)
+    given = redundant(family, 8)
+    pixels = given["pixel_values_videos"].clone()
+    pixels[:, 3] = pixels[:, 2]
+    pixels.requires_grad_()
+    with mmaccel.accelerate(net, "earlytom:layers=0;tau=-1.0;longest=none;temporal_only=true;inner_keep=1.0"):
+        with opened(video_lm(net).root):
+            output = net.model.get_video_features(pixel_values_videos=pixels)
+        (merged,) = encoding_of(output).merged
+        output.pooler_output.square().sum().backward()
+    assert any(len(group) > 1 for group in merged.groups)
+    touched = pixels.grad.abs().flatten(2).sum(2)[0] > 0
+    assert touched.nonzero().squeeze(1).tolist() == sorted(t for group in merged.groups for t, _ in group)
