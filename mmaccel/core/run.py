@@ -6,20 +6,19 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from mmaccel.core.patching import Patcher
+from mmaccel.core.state import State
 
 __all__ = ["Run", "current", "open_around_forward", "open_around_method", "opened"]
-
-T = TypeVar("T")
 
 _runs: ContextVar[dict[int, Run]] = ContextVar("mmaccel_runs", default={})  # noqa: B039 - replaced, never mutated
 
 
-class Run:
+class Run(State):
     """What one outermost call of a root module knows; methods keep their own state in it, by class.
 
     A run belongs to one root module in one thread or task, so that two models, or two threads on one model, never
@@ -27,17 +26,10 @@ class Run:
     """
 
     def __init__(self, root: nn.Module) -> None:
+        super().__init__()
         self.root = weakref.ref(root)
         self.scopes: set[object] = set()
         self.methods = 0
-        self._state: dict[type, Any] = {}
-
-    def get(self, kind: type[T]) -> T:
-        """The state object of class `kind`, made on first use."""
-        state = self._state.get(kind)
-        if state is None:
-            state = self._state[kind] = kind()
-        return state
 
     def drop(self, kind: type) -> None:
         """Forget the state object of class `kind`."""

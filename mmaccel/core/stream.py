@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+
+from mmaccel.core.state import State
 
 __all__ = ["Stream", "current_stream", "following"]
-
-T = TypeVar("T")
 
 _stream: ContextVar[Stream | None] = ContextVar("mmaccel_stream", default=None)
 
 
-class Stream:
+class Stream(State):
     """The memory of one stream; methods keep their own state in it, by class. Several streams never meet."""
-
-    def __init__(self) -> None:
-        self._state: dict[type, Any] = {}
-
-    def get(self, kind: type[T]) -> T:
-        """The state object of class `kind`, made on first use."""
-        state = self._state.get(kind)
-        if state is None:
-            state = self._state[kind] = kind()
-        return state
 
     def clear(self) -> None:
         """Forget everything, as after a cut to another scene."""
