@@ -13,7 +13,7 @@ from mmaccel.core.layout import Encoded, Site
 from mmaccel.core.run import current, opened
 from mmaccel.kernels.attention_received import attention_received
 
-__all__ = ["encoding", "encoding_of", "note_encoding", "record_scores"]
+__all__ = ["encoding", "encoding_of", "note_encoding", "received_in_parts", "record_scores"]
 
 _NOTE = "_mmaccel_encoded"
 
@@ -64,13 +64,18 @@ def record_scores(site: Site, kind: str) -> Callable[..., None]:
         if calls.encoding.recorders.setdefault(kind, recorder) is not recorder:
             return  # another handle records the same scores
         chosen: Any = "all" if kind == "received" else (0, 1)
-        lengths = call.get("cu_seq_lens_q")
-        parts = [(query, key)]
-        if lengths is not None:
-            sizes = (lengths[1:] - lengths[:-1]).tolist()
-            parts = list(zip(query.split(sizes, 2), key.split(sizes, 2), strict=True))
-        recorded = calls.encoding.scores.setdefault(kind, [])
-        for q, k in parts:
-            recorded.append(attention_received(q, k, queries=chosen, scale=call.get("scaling")))
+        calls.encoding.scores.setdefault(kind, []).extend(received_in_parts(query, key, call, chosen))
 
     return listen
+
+
+def received_in_parts(
+    query: torch.Tensor, key: torch.Tensor, call: dict[str, Any], queries: Any = "all"
+) -> list[torch.Tensor]:
+    """Attention received, part by part where a packed call says what attends together; `call`: its keywords."""
+    lengths = call.get("cu_seq_lens_q")
+    parts = [(query, key)]
+    if lengths is not None:
+        sizes = (lengths[1:] - lengths[:-1]).tolist()
+        parts = list(zip(query.split(sizes, 2), key.split(sizes, 2), strict=True))
+    return [attention_received(q, k, queries=queries, scale=call.get("scaling")) for q, k in parts]

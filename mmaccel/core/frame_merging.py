@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from mmaccel.core.encoder import Encoder
-from mmaccel.core.encoding import encoding
+from mmaccel.core.encoding import encoding, received_in_parts
 from mmaccel.core.flops import linear_weights
 from mmaccel.core.layout import MERGED_SCORE
 from mmaccel.core.patching import Patcher
 from mmaccel.core.probe import probe_attention
 from mmaccel.errors import NonFiniteError
-from mmaccel.kernels.attention_received import attention_received
 from mmaccel.tokens.frames import FrameGroups, MergedFrames, frame_similarity
 
 __all__ = ["merge_frames"]
@@ -72,8 +71,8 @@ def merge_frames(
 ) -> None:  # fmt: skip
     """Ask `decide` behind each block of `layers` (counted from 0) which frames of each video become one.
 
-    The attention that each token of a frame receives in the last of these blocks (of Qwen2.5: the last before it that
-    sees whole frames) is merged with the frames, and becomes the encoder call's score MERGED_SCORE; of images too,
+    The attention that each token of a frame receives in the last of these blocks (or the last before it that sees
+    whole frames) is merged with the frames, and becomes the encoder call's score MERGED_SCORE; of images too,
     whose tiles never merge. Behind the last round `cut` is asked for the segments of what is left. `compute` is called
     once an encoder call with the stage, FLOPs, and FLOPs without merging.
     """
@@ -127,12 +126,7 @@ def _listen(passage: Passing) -> Callable[..., None]:
         found = passage()
         if found is None:
             return
-        lengths = call.get("cu_seq_lens_q")
-        parts = [(query, key)]
-        if lengths is not None:
-            sizes = (lengths[1:] - lengths[:-1]).tolist()
-            parts = list(zip(query.split(sizes, 2), key.split(sizes, 2), strict=True))
-        found.heard += [attention_received(q, k, queries="all", scale=call.get("scaling")) for q, k in parts]
+        found.heard += received_in_parts(query, key, call)
 
     return listen
 
