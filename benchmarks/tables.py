@@ -360,13 +360,14 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
     kinds: dict[str, list[Row]] = {"quality": [], "correlation": [], "cost": []}
     for row in rows:
         kinds[row["kind"]].append(row)
+    rivals = sorted(kinds["quality"][0]["options"]["methods"], key=lambda rival: not _mark(rival))
     lines = []
     for row in sorted(kinds["quality"], key=lambda row: -_keep(row["spec"])):
-        over = [row["over"].get(rival) for rival in ("random", "evs", "fewer-frames")]
+        over = [row["over"].get(rival) for rival in rivals]
         lines.append(
             [
                 f"`{row['spec']}`{_mark(row['spec'])}",
-                {"none": "", "codec": "codec", "pixels": "pixels"}[row["signals"]],
+                row["signals"].replace("none", ""),
                 f"{_percent(row['accuracy']['value'])} {_interval(row['accuracy'])}",
                 *("" if rival is None else _points(rival) for rival in over),
             ]
@@ -374,10 +375,10 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
     one = kinds["quality"][0]
     caption = (
         f"**Embedded model.** {one['options']['clips']:,} held-out clips written as H.264, 8 of 32 frames; signals: "
-        "what the method is given; over: points, at the same keep, 95 % intervals draw clips. * baseline. "
-        f"{_machine(one)}"
+        "what the method is given (noise: chance); over: points, at the same keep, 95 % intervals draw clips. * "
+        f"baseline. {_machine(one)}"
     )
-    heads = ["setting", "signals", "accuracy", "over random", "over evs by features", "over fewer-frames"]
+    heads = ["setting", "signals", "accuracy", *(f"over `{rival}`" for rival in rivals)]
     parts = [_markdown(heads, lines, caption)]
     names = ("change, features", "pixels, features", "change, pixels")
     lines = [
@@ -390,6 +391,8 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
         "change of raw pixels, and of the cosine change of the embedded model's features."
     )
     parts.append(_markdown(["clips", "codec, features", "pixels, features", "codec, pixels"], lines, caption))
+    if not kinds["cost"]:
+        return "\n".join(parts)
     lines = [
         [
             row["clips"],
@@ -447,6 +450,7 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "codecs/many": codecs,
     "codecs/pool": codec_pool,
     "codecs/signals": codec_signals,
+    "codecs/reuse": codec_signals,
 }
 SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
 

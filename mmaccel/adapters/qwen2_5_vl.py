@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmaccel.adapters.qwen2_vl import Qwen2VL
+from mmaccel.adapters.vision import window_order
 
 
 class Qwen25VL(Qwen2VL):
@@ -32,13 +33,5 @@ class Qwen25VL(Qwen2VL):
 
     def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The blocks work in window order."""
-        from transformers.vision_utils import get_vision_window_index
-
-        vision: Any = self.config.vision_config
-        order, _ = get_vision_window_index(
-            grids,
-            spatial_merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            patch_size=vision.patch_size,
-        )
+        order = window_order(self.config.vision_config, grids)
         return scores[torch.argsort(order.to(scores.device))]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmaccel.adapters.base import get_module
@@ -12,7 +15,7 @@ from mmaccel.adapters.blocks import take_apart
 from mmaccel.core.encoder import Encoder
 from mmaccel.errors import AdapterError
 
-__all__ = ["VisionModel", "fits", "of_vision_tower"]
+__all__ = ["VisionModel", "fits", "of_vision_tower", "window_order"]
 
 # model type of transformers -> (blocks below the tower, tokens ahead of the patches)
 _TRANSFORMERS = {
@@ -54,7 +57,7 @@ class VisionModel:
         config: Any = getattr(self._tower, "config", None)
         merge = config.spatial_merge_size if packed else 1
         return Encoder(self._tower, self._path or type(self._tower).__name__, blocks, len(blocks) - 1, self._prefix,
-                       packed, merge, _read(self._tower))  # fmt: skip
+                       packed, merge, _read(self._tower), _order(config))  # fmt: skip
 
 
 def of_vision_tower(site: Any) -> Encoder:
@@ -67,12 +70,27 @@ def of_vision_tower(site: Any) -> Encoder:
     prefix = 0 if packed else _TRANSFORMERS.get(config.model_type, ("", int(site.has_class_token)))[1]
     return Encoder(
         site.vision_tower, site.module_paths()[0], blocks, site.score_layer() if not packed else len(blocks) - 1,
-        prefix, packed, config.spatial_merge_size if packed else 1, _read(site.vision_tower),
+        prefix, packed, config.spatial_merge_size if packed else 1, _read(site.vision_tower), _order(config),
     )  # fmt: skip
 
 
 def _read(tower: Any) -> tuple[int, ...]:
     return tuple(getattr(tower, "deepstack_visual_indexes", ()))
+
+
+def _order(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    return partial(window_order, config) if hasattr(config, "fullatt_block_indexes") else None
+
+
+def window_order(config: Any, grids: torch.Tensor) -> torch.Tensor:
+    """Qwen2.5's vision blocks work in the order of their windows: which merge group stands where, int64 [groups]."""
+    from transformers.vision_utils import get_vision_window_index
+
+    order, _ = get_vision_window_index(
+        grids, spatial_merge_size=config.spatial_merge_size, window_size=config.window_size,
+        patch_size=config.patch_size,
+    )  # fmt: skip
+    return order
 
 
 def _tower(model: Any) -> tuple[str, str, str, int] | None:

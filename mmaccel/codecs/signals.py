@@ -22,6 +22,7 @@ __all__ = [
     "CodecSignals",
     "change_between",
     "changes_of",
+    "changes_on_grid",
     "overlap",
     "pixel_change",
     "select_frames",
@@ -172,6 +173,15 @@ def changes_of(method: str, video: int, frames: int) -> torch.Tensor:
     return torch.stack([run.sum(0) for run in changes.split(size)]).clamp_max(1)
 
 
+def changes_on_grid(method: str, video: int, frames: int, rows: int, columns: int) -> torch.Tensor:
+    """The same on a grid of the model's: float32 [frames, rows * columns].
+
+    Raises:
+        NotApplicableError: as `changes_of`.
+    """
+    return _pooled(changes_of(method, video, frames), rows, columns).flatten(1)
+
+
 def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
     """How far each living token of a video changed since the living frame before: float32 [frames, tokens a frame].
 
@@ -186,7 +196,7 @@ def change_between(method: str, tokens: VisualTokens) -> torch.Tensor:
     """
     T, H, W = tokens.shape
     frames, per_frame = tokens.frames()
-    change = _pooled(changes_of(method, tokens.video, T), H, W).view(T, H * W)
+    change = changes_on_grid(method, tokens.video, T, H, W)
     total = change.to(tokens.features.device).cumsum(0)
     cell = tokens.cell.view(frames, per_frame)
     time, place = cell // (H * W), cell % (H * W)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmaccel.core.block import Block, tokens_of
+from mmaccel.core.cached_frames import Counts, Frames, Held, Rule
 from mmaccel.core.encoder import Encoder
+from mmaccel.core.given_changes import in_block_order, patch_grid
 from mmaccel.core.partial import Seen, renew
 from mmaccel.core.patching import Patcher
 from mmaccel.core.probe import listeners
@@ -25,86 +26,10 @@ from mmaccel.core.stream import Stream, current_stream
 from mmaccel.errors import NotApplicableError
 from mmaccel.tokens.reuse import RowCache, reference_frames, row_similarity, rows_to_renew
 
-__all__ = ["Counts", "Rule", "cache_frames"]
+__all__ = ["cache_frames"]
 
 PARTS = ("key", "value", "attention", "mlp")
 _HIDDEN = ("hidden_states", "x", "q_x")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which frames are computed whole, and which rows of the others.
-
-    interval: a frame is computed whole when its reference is so many frames old; None sets no limit. cut: it is
-    computed whole when the mean similarity of its keys in the first block is below this; None never. share: the share
-    of a frame's rows that is renewed in each block, those least similar; None renews all whose similarity is not above
-    `similarity`.
-    """
-
-    interval: int | None
-    cut: float | None
-    share: float | None
-    similarity: float = 1.0
-
-
-@dataclass
-class Counts:
-    """What one call did.
-
-    whole, reusing: frames. renewed, rows: of the reusing frames, over all blocks. nbytes: what the stream holds.
-    """
-
-    whole: int = 0
-    reusing: int = 0
-    renewed: int = 0
-    rows: int = 0
-    nbytes: int = 0
-
-
-@dataclass
-class _Held:
-    """What a stream remembers: the four parts of each block of the last whole frame, and how many frames ago it was."""
-
-    cache: RowCache = field(default_factory=RowCache)
-    age: int = 0
-    kind: Any = None
-    module: Callable[[], nn.Module | None] = lambda: None
-
-    def fits(self, module: nn.Module, kind: Any) -> bool:
-        """Whether the same encoder can go on from here with frames of this kind."""
-        return len(self.cache) > 0 and self.module() is module and self.kind == kind
-
-
-@dataclass
-class _Frames:
-    """Frames of one size that stand one behind the other, from row `start` of the flat [rows, C] on.
-
-    whole: those computed whole, ascending. reusing: the others, and `reference`: for each its place in `whole`, or -1
-    for the frame that the stream holds. before: rows of the call's whole frames ahead of these.
-    """
-
-    start: int
-    frames: int
-    tokens: int
-    first: list[bool]
-    whole: list[int] = field(default_factory=list)
-    reusing: list[int] = field(default_factory=list)
-    reference: list[int] = field(default_factory=list)
-    before: int = 0
-    chosen: Any = ...  # the reusing ones, as an index of frames
-    order: torch.Tensor | None = None  # `reference` where it is not simply 0, 1, 2, ...
-
-    def settle(self, device: torch.device) -> None:
-        """Turn the lists into indices."""
-        if self.whole:
-            self.chosen = torch.tensor(self.reusing, device=device)
-        if self.reference != list(range(len(self.whole))):
-            self.order = torch.tensor(self.reference, device=device)
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """[rows, ...] of all to [frames, tokens, ...] of these."""
-        return flat[self.start : self.start + self.frames * self.tokens].unflatten(0, (self.frames, self.tokens))
-
 
 _running: ContextVar[_Call | None] = ContextVar("mmaccel_caching", default=None)
 _shown: ContextVar[dict[str, torch.Tensor] | None] = ContextVar("mmaccel_caching_shown", default=None)
@@ -183,9 +108,9 @@ class _Call:
         shapes = kwargs.get("spatial_shapes", args[2] if len(args) > 2 else None)
         self.shapes = shapes if isinstance(shapes, torch.Tensor) and shapes.ndim == 2 else None
         self.stream: Stream | None = current_stream()
-        self.held = self.stream.get(_Held) if self.stream is not None else None
+        self.held = self.stream.get(Held) if self.stream is not None else None
         self.kind: tuple[Any, ...] = ()
-        self.groups: list[_Frames] = []
+        self.groups: list[Frames] = []
         self.fresh: RowCache | None = None
         self.counts = Counts()
         self.off = False
@@ -246,8 +171,8 @@ class _Call:
             )
         self.kind = (self.groups[0].tokens, hidden.shape[-1], hidden.dtype, hidden.device)
         flat, before = hidden.reshape(-1, hidden.shape[-1]), 0
-        for group in self.groups:
-            self._decide(group, block, group.of(flat))
+        for number, group in enumerate(self.groups):
+            self._decide(number, group, block, group.of(flat))
             group.before, before = before, before + len(group.whole) * group.tokens
             group.settle(hidden.device)
         if any(group.reusing for group in self.groups):
@@ -269,15 +194,27 @@ class _Call:
             return self.counts
         if not self.groups or not self._finite():
             self.held.cache, self.held.kind = RowCache(), None
-        elif self.fresh is not None:
-            group = self.groups[0]
-            self.held.cache, self.held.kind = self.fresh, self._kind(group.whole[-1])
-            self.held.module = weakref.ref(self.encoder.module)
-            self.held.age = group.frames - 1 - group.whole[-1]
         else:
-            self.held.age += self.groups[0].frames
+            self.held.change = self._change_held(self.groups[0], self.held)
+            if self.fresh is not None:
+                group = self.groups[0]
+                self.held.cache, self.held.kind = self.fresh, self._kind(group.whole[-1])
+                self.held.module = weakref.ref(self.encoder.module)
+                self.held.age = group.frames - 1 - group.whole[-1]
+            else:
+                self.held.age += self.groups[0].frames
         self.counts.nbytes = self.held.cache.nbytes
         return self.counts
+
+    def _change_held(self, group: Frames, held: Held) -> torch.Tensor | None:
+        if self.rule.changes is None:
+            return None
+        if group.changed is None:  # one frame, the first of all
+            return torch.zeros(group.tokens, dtype=torch.float64)
+        last = group.changed[-1]
+        if group.whole:
+            return last - group.changed[group.whole[-1]]
+        return last if held.change is None else last + held.change
 
     def _finite(self) -> bool:
         """Whether the next frames may reuse what this call leaves; what breaks in one block shows in the last."""
@@ -285,17 +222,17 @@ class _Call:
             return True
         return bool(torch.isfinite(self.fresh.full(list(self.fresh)[-1])).all())
 
-    def _lay_out(self, hidden: torch.Tensor) -> list[_Frames]:
+    def _lay_out(self, hidden: torch.Tensor) -> list[Frames]:
         if not self.encoder.packed:
             frames, tokens = hidden.shape[:2]
             if frames == 0 or frames % self.videos:
                 return []
             each, sizes = frames // self.videos, [self._kind(frame) for frame in range(frames)]
             first = [frame % each == 0 or sizes[frame] != sizes[frame - 1] for frame in range(frames)]
-            return [_Frames(0, frames, tokens, first)]
+            return [Frames(0, frames, tokens, first)]
         found, start = [], 0
         for t, h, w in self.grids.tolist():
-            found.append(_Frames(start, t, h * w, [frame == 0 for frame in range(t)]))
+            found.append(Frames(start, t, h * w, [frame == 0 for frame in range(t)]))
             start += t * h * w
         return found if start == hidden.shape[0] else []
 
@@ -305,21 +242,57 @@ class _Call:
             return (*self.grids[0, 1:].tolist(), *self.kind)
         return (self.size, None if self.shapes is None else tuple(self.shapes[frame].tolist()), *self.kind)
 
-    def _decide(self, group: _Frames, block: Block, hidden: torch.Tensor) -> None:
+    def _decide(self, number: int, group: Frames, block: Block, hidden: torch.Tensor) -> None:
+        rule = self.rule
         held = self.held if self.held is not None and self.held.fits(self.encoder.module, self._kind(0)) else None
+        if held is not None and rule.changes is not None and held.change is None:
+            held = None
+        if rule.changes is not None and rule.interval != 1 and (group.frames > 1 or held is not None):
+            group.changed = self._changes(number, group)
         like = None
-        if self.rule.cut is not None and self.rule.interval != 1:
-            like = self._likeness(tokens_of(block.key(block.norm1(hidden))), self.rule.cut, held)
+        if rule.cut is not None and rule.interval != 1:
+            if rule.changes is None:
+                like = self._likeness(tokens_of(block.key(block.norm1(hidden))), rule.cut, held)
+            else:
+                like = self._given_likeness(group, rule.cut, held)
         first = group.first if held is None else [False, *group.first[1:]]
-        references = reference_frames(first, self.rule.interval, held=held.age if held else None, like=like)
+        references = reference_frames(first, rule.interval, held=held.age if held else None, like=like)
         group.whole = [frame for frame, reference in enumerate(references) if frame == reference]
         place = {frame: number for number, frame in enumerate(group.whole)} | {-1: -1}
         group.reusing = [frame for frame, reference in enumerate(references) if frame != reference]
         group.reference = [place[references[frame]] for frame in group.reusing]
+        if group.changed is not None and group.reusing:
+            likeness = torch.stack([group.likeness(frame, references[frame], held) for frame in group.reusing])
+            likeness[:, : self.encoder.prefix] = -1
+            group.renewed = self._renewed(likeness).to(hidden.device)
         self.counts.whole += len(group.whole)
         self.counts.reusing += len(group.reusing)
 
-    def _likeness(self, keys: torch.Tensor, cut: float, held: _Held | None) -> Callable[[int, int], bool]:
+    def _changes(self, number: int, group: Frames) -> torch.Tensor:
+        """The changes of the rows of these frames, added up."""
+        changes = self.rule.changes
+        assert changes is not None
+        if self.encoder.packed:
+            h, w = self.grids[number, 1:].tolist()
+            maps = changes(number, group.frames, h, w)
+        else:
+            patches = group.tokens - self.encoder.prefix
+            h, w = patch_grid(self.size, patches) if self.shapes is None else self.shapes[0].tolist()
+            each = group.frames // self.videos
+            maps = torch.cat([changes(video, each, h, w) for video in range(self.videos)])
+        return in_block_order(self.encoder, maps.double(), (h, w), self.grids, number).cumsum(0)
+
+    def _given_likeness(self, group: Frames, cut: float, held: Held | None) -> Callable[[int, int], bool]:
+        def like(frame: int, reference: int) -> bool:
+            return bool(group.likeness(frame, reference, held)[self.encoder.prefix :].mean() >= cut)
+
+        return like
+
+    def _renewed(self, similarity: torch.Tensor) -> torch.Tensor:
+        rule = self.rule
+        return rows_to_renew(similarity, share=rule.share, at_most=rule.similarity, unit=self.encoder.merge**2)
+
+    def _likeness(self, keys: torch.Tensor, cut: float, held: Held | None) -> Callable[[int, int], bool]:
         """Whether a frame's keys [frames, tokens, C] of the first block are like those of a reference on the mean."""
         known = held.cache.full((0, "key")) if held is not None and (0, "key") in held.cache else None
 
@@ -381,7 +354,7 @@ class _Call:
             for name in PARTS:
                 self.fresh.store((index, name), parts[name][-self.groups[0].tokens :][None])
 
-    def _reference(self, index: int, group: _Frames, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _reference(self, index: int, group: Frames, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """[frames, tokens, C] of each part for the frames that reuse it; one frame where all reuse the held one."""
         found = {}
         if group.whole:
@@ -408,10 +381,9 @@ class _Call:
         if block.rotate is not None:
             cos, sin = (group.of(table)[chosen] for table in kwargs["position_embeddings"])
             rotary = cos, sin
-        rule, unit = self.rule, self.encoder.merge**2
 
         def choose(keys: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-            return rows_to_renew(row_similarity(keys, reference), share=rule.share, at_most=rule.similarity, unit=unit)
+            return self._renewed(row_similarity(keys, reference)) if group.renewed is None else group.renewed
 
         seen = self._visible(number, args, kwargs)
         made, renewed = renew(block, group.of(flat)[chosen], self._reference(index, group, parts), choose, rotary, seen)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mmaccel.core.block import Block
@@ -21,7 +22,8 @@ class Encoder:
     used. prefix: class and register tokens ahead of the patches. packed: whether the patches of all images lie in one
     row [patches, C] that `cu_seqlens` cuts, instead of [images, prefix + patches, C]. merge: how many patches along
     each side a later module joins, which therefore stay or go together. read: blocks before `last` whose output is
-    read as well.
+    read as well. order(grids int64 [items, 3]) -> int64 [merge groups]: which of the merge groups, counted in raster
+    order, stands at each place in the blocks of a packed encoder; None where they stand in raster order.
     """
 
     module: nn.Module
@@ -32,3 +34,4 @@ class Encoder:
     packed: bool = False
     merge: int = 1
     read: tuple[int, ...] = ()
+    order: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from mmaccel.codecs.signals import changes_on_grid
 from mmaccel.core.stream import current_stream
 from mmaccel.method import Info, Stage, Touch, knob
 from mmaccel.reducer import BEFORE_LLM, INSIDE_ENCODER, GridReducer, prefill_touches
@@ -16,7 +18,7 @@ from mmaccel.tokens.place import Reduction
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmaccel.core.caching import Counts
+    from mmaccel.core.cached_frames import Counts
     from mmaccel.core.prefill import VisualTokens
     from mmaccel.install import Installer
     from mmaccel.targets import Target
@@ -62,6 +64,12 @@ class STC(GridReducer):
     similarity; with windows a row sees its own. Keys are compared before rotary embedding, which changes no cosine, as
     both keys stand at the same place. A block whose attention another method reads computes all rows.
 
+    With temporal="codec" the cacher takes 1 - the change since the reference in the place of the cosine, from what the
+    codec of the file says (`mmaccel.codecs.using_signals`): known before the encoder runs, and the same rows in every
+    block; class and register tokens always come first. On a stream the signals are those of the frames of a call, and
+    the first entry is the change since the frame that the stream was given before (codec signals of a file have 1
+    there, so give changes [frames, rows, columns]). The pruner goes by features in any case.
+
     Differs from the authors' code: keys are projected once where theirs are twice; the reference's age counts from
     the last whole frame, so that a frame renewed by `scene_cut` (off by default, inferred) starts a new interval; the
     history is one running mean of full width, of which each frame takes its own channels, where theirs mixes the
@@ -87,6 +95,10 @@ class STC(GridReducer):
     scene_cut: float | None = knob(
         None, "mean cosine of a frame's keys in the first block below which it is encoded whole", low=-1.0, high=1.0
     )
+    temporal: Literal["features", "codec"] = knob(
+        "features", "where the cacher takes the change of a row from; codec: see codecs.using_signals",
+        choices=("features", "codec"),
+    )  # fmt: skip
     channels: float = knob(
         0.5, "share of the channels, those that vary least, that the pruner compares tokens in", above=0.0, high=1.0
     )
@@ -151,9 +163,12 @@ class STC(GridReducer):
                     f"{name}: {target.family} is given frames as images, so they are encoded whole outside of a stream"
                 )
         if self.caches:
-            from mmaccel.core.caching import Rule, cache_frames
+            from mmaccel.core.cached_frames import Rule
+            from mmaccel.core.caching import cache_frames
 
-            rule = Rule(self.interval, self.scene_cut, self.refresh if self.rule == "fixed" else None, self.similarity)
+            share = self.refresh if self.rule == "fixed" else None
+            changes = partial(changes_on_grid, name) if self.temporal == "codec" else None
+            rule = Rule(self.interval, self.scene_cut, share, self.similarity, changes)
             cache_frames(
                 installer.patcher, target.site.encoder(), rule, (lambda: 1) if alone else _videos_of(target.site),
                 _telling(installer.report), lambda text: note(f"{name}: {text}"),
@@ -196,7 +211,7 @@ def _videos_of(site: Any) -> Callable[[], int | None]:
 
 def _telling(report: Any) -> Callable[[Counts], None]:
     """Add up the counts of calls in the report."""
-    from mmaccel.core.caching import Counts
+    from mmaccel.core.cached_frames import Counts
 
     total = Counts()
 

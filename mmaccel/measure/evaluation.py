@@ -22,6 +22,7 @@ from mmaccel.measure.outcome import Cost, Evaluation, Outcome, mean_cost, merge
 from mmaccel.measure.quality import kl_to_dense
 from mmaccel.measure.replay import Replay, encoder_key
 from mmaccel.measure.stages import DENSE
+from mmaccel.reducer import INSIDE_ENCODER
 from mmaccel.report import Report
 
 if TYPE_CHECKING:
@@ -207,14 +208,14 @@ class _Round:
 def _one_round(model: Any, inputs: dict[str, Any], handle: Handle | None, replay: Replay) -> _Round:
     ran = replay.ran
     with own_flops(model) as own, torch.no_grad():
-        replay.own = lambda: own.scored
+        replay.own, replay.all = (lambda: own.scored), (lambda: own.all)
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        replay.own = int
+        replay.own = replay.all = int
     layers = len(video_lm(model).layers)
     lengths = [[length] * layers for length in inputs["attention_mask"].sum(1).tolist()]
     report = handle.report() if handle else Report()
     for entry in report.tokens.values():
-        if not entry.calls:
+        if not entry.calls or entry.place == INSIDE_ENCODER:
             continue
         inner = re.fullmatch(r"layer (\d+)", entry.place)
         first = int(inner[1]) if inner else 0

@@ -74,6 +74,11 @@ class OwnFlops:
         return sum(end - start for start, end in self._spans.pairs["own"])
 
     @property
+    def all(self) -> int:
+        """FLOPs of the model and mmaccel together up to now; may be read while an encoder runs."""
+        return int(self._counter.get_total_flops())
+
+    @property
     def total(self) -> int:
         """FLOPs of hooks, listeners and wrappers; to be read when the call is over."""
         totals = self._spans.totals(lambda start, end: end - start)

@@ -22,7 +22,8 @@ class Cost:
     """What one question cost under a setting, as a mean over questions, each counted without padding.
 
     tokens_in, tokens_out, tokens_last: visual tokens of the prompt, of them in the first decoder layer, and in the last
-    one. tokens_per_layer: float64 [layers], all tokens, text included. encoder_flops, prefill_flops: closed forms.
+    one. tokens_per_layer: float64 [layers], all tokens, text included. encoder_flops: those of the vision
+    blocks, by torch's counter. prefill_flops: closed form.
     flops_own: what the methods themselves computed, by torch's counter in the batch, its padding included.
     """
 

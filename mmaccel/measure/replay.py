@@ -8,18 +8,17 @@ own.
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmaccel.core.encoding import encoding
-from mmaccel.measure.flops import encoder_flops
-from mmaccel.measure.shapes import record_shapes
+from mmaccel.core.patching import Patcher
 from mmaccel.method import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    from mmaccel.core.patching import Patcher
     from mmaccel.method import Method
 
 __all__ = ["Replay", "encoder_key"]
@@ -43,30 +42,54 @@ class Replay:
     """Stands in for the encoder methods of one model until `patcher` is undone; put on before any handle.
 
     Set `key` before each setting; calls under a key that is known are answered from memory (unless `share` is off).
-    Made for one batch: every call must have the same pixels. `own` reads mmaccel's FLOPs while a call runs, if someone
-    counts them; `ran` is what the encoder calls that were really made had of them.
+    Made for one batch: every call must have the same pixels. `all` and `own` read FLOPs while a call runs, if someone
+    counts them: of the model and mmaccel together, and of mmaccel's hooks and listeners; `ran` is what the encoder
+    calls that were really made had of the latter.
     """
 
     def __init__(self, site: Any, patcher: Patcher, *, share: bool) -> None:
         self.site, self.share = site, share
         self.key: Hashable = None
+        self.all: Callable[[], int] = int
         self.own: Callable[[], int] = int
         self.ran = 0
         self._own: dict[tuple[str, Hashable], int] = {}
-        self._flops: dict[tuple[str, Hashable], float] = {}
+        self._flops: dict[tuple[str, Hashable], int] = {}
         self._kept: dict[tuple[str, Hashable], _Kept] = {}
         for modality, method in site.encoders.items():
             patcher.wrap(site.root, method, self._around(modality))
 
     @property
-    def flops(self) -> float:
-        """Closed-form FLOPs of the tower under the present key, all items of the batch together."""
+    def flops(self) -> int:
+        """FLOPs of the tower's blocks under the present key, all items of the batch together.
+
+        Counted, because a method may compute a part of a block only; what `own` counts is left out.
+        """
         return sum(flops for (_, key), flops in self._flops.items() if key == self.key)
 
     @property
     def flops_own(self) -> int:
         """mmaccel's own FLOPs in the encoder under the present key, all items of the batch together."""
         return sum(flops for (_, key), flops in self._own.items() if key == self.key)
+
+    @contextmanager
+    def _blocks(self) -> Iterator[list[int]]:
+        """FLOPs of each call of a block of the tower."""
+        patcher, spent = Patcher(), []
+
+        def enter(_module: Any, _args: Any, _kwargs: Any) -> None:
+            spent.append(self.own() - self.all())
+
+        def leave(_module: Any, _args: Any, _kwargs: Any, _output: Any) -> None:
+            spent[-1] += self.all() - self.own()
+
+        try:
+            for block in self.site.vision_blocks():
+                patcher.before(block, enter, first=True)
+                patcher.after(block, leave)
+            yield spent
+        finally:
+            patcher.undo()
 
     def _around(self, modality: str) -> Any:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -75,11 +98,11 @@ class Replay:
             kept = self._kept.get(key)
             if kept is None:
                 before = self.own()
-                with record_shapes(self.site.target) as shapes:
+                with self._blocks() as spent:
                     output = call(*args, **kwargs)
                 self._own[key] = self.own() - before
                 self.ran += self._own[key]
-                self._flops[key] = encoder_flops(self.site.target, shapes.vision)
+                self._flops[key] = sum(spent)
                 if self.share:
                     scores, thinned = (dict(record.scores), list(record.thinned)) if record else ({}, [])
                     self._kept[key] = _Kept(copy.copy(output), scores, thinned)

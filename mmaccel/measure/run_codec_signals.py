@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CodecSignalOptions", "rank_correlation", "run"]
 
-_GIVEN = ("none", "codec", "pixels")
+_GIVEN = ("none", "codec", "pixels", "noise")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class CodecSignalOptions:
     threads: int = 1
 
     def specs(self, given: str) -> list[str]:
-        """Full specs of what runs with "none", "codec" or "pixels" as signals."""
+        """Full specs of what runs with "none", "codec", "pixels" or "noise" as signals."""
         names = self.methods if given == "none" else self.informed
-        return [f"{name}{';' if ':' in name else ':'}keep={keep:g}" for keep in self.keeps for name in names]
+        return [f"{name}{';' if ':' in name else ':'}keep={keep!r}" for keep in self.keeps for name in names]
 
     def key(self) -> str:
         """Tells apart runs whose results may differ."""
@@ -156,6 +156,7 @@ def _tiny_world(
         numbers = range(batch * options.batch, min(options.clips, (batch + 1) * options.batch))
         made = [_clip(model, processor, options, options.first + number) for number in numbers]
         given = {"none": [], "codec": [one.codec for one in made], "pixels": [one.pixels for one in made]}
+        given["noise"] = [_noise(one.pixels, number) for one, number in zip(made, numbers, strict=True)]
         evaluations = {}
         for which, signals in given.items():
             with using_signals(*signals):
@@ -178,6 +179,11 @@ class _Clip:
     codec: CodecSignals
     pixels: torch.Tensor
     ranks: dict[str, float | None]
+
+
+def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Changes that tell nothing: what any signal must beat."""
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _clip(model: Any, processor: Any, options: CodecSignalOptions, number: int) -> _Clip:

@@ -38,7 +38,7 @@ class QualityOptions:
 
     methods: names, or specs without `keep`. keeps: budgets. overrides: full specs, each in the place of that of the
     same method at the same keep, for knobs that a paper sets by budget: "holitom:keep=0.1;tau=0.65"; what is not run
-    needs none. clips: of each seed, disjoint. first: number of the first one in `split`. questions: at most so many a
+    needs none. extra: full specs that run beside them, for methods that cost as much at another keep. clips: of each seed, disjoint. first: number of the first one in `split`. questions: at most so many a
     clip, 0 for one of every kind that the clip allows; which kinds differs from clip to clip. source: "render" hands
     frames over directly, "h264" writes 32 frames to a file and reads 8 back. workers: processes, each with `threads`
     threads.
@@ -47,6 +47,7 @@ class QualityOptions:
     methods: tuple[str, ...]
     keeps: tuple[float, ...] = (0.25, 0.15, 0.10)
     overrides: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     clips: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2)
     split: str = "held-out"
@@ -64,15 +65,18 @@ class QualityOptions:
         special = {_budget(spec): spec for spec in self.overrides}
         for method in self.methods:
             for keep in self.keeps:
-                name = f"{method}{';' if ':' in method else ':'}keep={keep:g}"
-                name = special.get(_budget(name), name)
-                seeded = any(entry.name == "seed" for stack in normalise([name]) for entry in fields(stack))
-                named[name] = f"{name};seed={seed}" if seeded else name
+                name = f"{method}{';' if ':' in method else ':'}keep={float(keep)!r}"
+                named[special.get(_budget(name), name)] = ""
+        for name in (*named, *self.extra):
+            seeded = any(entry.name == "seed" for stack in normalise([name]) for entry in fields(stack))
+            named[name] = f"{name};seed={seed}" if seeded else name
         return named
 
     def key(self) -> str:
         """Tells apart runs whose results may differ."""
         relevant = {k: v for k, v in asdict(self).items() if k not in ("workers", "threads", "seeds", "samples")}
+        if not self.extra:
+            del relevant["extra"]  # results from before it was there stay what they are
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -11,8 +11,10 @@ from checks import call, generate
 from encoders.made import noise, scene, video
 
 import mmaccel
+from mmaccel.codecs import using_signals
 from mmaccel.core.stream import Stream, following
 from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
+from mmaccel.tiny import video_qa
 from mmaccel.tiny.families import FAMILIES
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -208,7 +210,9 @@ def choosing(rule, value, unit=1):
     """The rows that are renewed, as a list: the lowest int(n * share) groups, or all that are not above a cosine."""
 
     def choose(key, old):
-        cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(key, old, strict=True)]
+        return of([float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(key, old, strict=True)])
+
+    def of(cosines):
         means = [sum(cosines[i : i + unit]) / unit for i in range(0, len(cosines), unit)]
         if rule == "fixed":
             # rows that have not changed at all are equally like, whatever rounding has left of that
@@ -219,24 +223,38 @@ def choosing(rule, value, unit=1):
             groups = [i for i, mean in enumerate(means) if mean <= value]
         return [group * unit + i for group in sorted(groups) for i in range(unit)]
 
+    choose.of = of
     return choose
 
 
 @torch.no_grad()
-def naive(blocks, frames, choose, interval, *, rotary=None, windows=None, cut=None):
-    """(the last layer's output [T, N, C], whole frames, rows renewed) of one video, frame by frame."""
+def naive(blocks, frames, choose, interval, *, rotary=None, windows=None, cut=None, given=None):
+    """(the last layer's output [T, N, C], whole frames, rows renewed) of one video, frame by frame.
+
+    given: of each frame the changes of its rows since the frame before, in the place of cosines; None for a row that is
+    no patch.
+    """
     parts = [naive_of(block) for block in blocks]
     outputs, whole, renewed, reference, age = [], [], 0, None, 0
     for t, h in enumerate(frames):
         age += 1
         new = reference is None or (interval is not None and age >= interval)
-        if not new and cut is not None:
+        pick = choose
+        if given is not None and not new:
+            likes = [
+                -1.0 if row[0] is None else 1 - min(1.0, sum(row))
+                for row in zip(*given[t - age + 1 : t + 1], strict=True)
+            ]
+            pick = lambda _key, _old, likes=likes: choose.of(likes)  # noqa: E731
+            shown = [like for like, row in zip(likes, given[t], strict=True) if row is not None]
+            new = cut is not None and sum(shown) / len(shown) < cut
+        elif not new and cut is not None:
             key = parts[0].qkv(parts[0].norm1(h))[1]
             new = float(torch.cosine_similarity(key, reference[0]["key"], dim=1).mean()) < cut
         lefts = []
         for layer, part in enumerate(parts):
             old = None if new else reference[layer]
-            h, left, n = naive_layer(part, h, old, choose, rotary, None if windows is None else windows[layer])
+            h, left, n = naive_layer(part, h, old, pick, rotary, None if windows is None else windows[layer])
             lefts.append(left)
             renewed += 0 if new else n
         if new:
@@ -270,7 +288,7 @@ class Watch:
             hook.remove()
 
 
-def compare(blocks, run, spec, frames_of, choose, interval, cut=None):
+def compare(blocks, run, spec, frames_of, choose, interval, cut=None, given=()):
     """Run a model under STC and its blocks naively; frames_of(given) -> of each video its rows, rotary, windows."""
     with Watch(blocks) as watch, mmaccel.accelerate(run.model, spec) as handle:
         run()
@@ -278,8 +296,11 @@ def compare(blocks, run, spec, frames_of, choose, interval, cut=None):
     first = watch.given[0][0]
     flat, got = first.reshape(-1, first.shape[-1]), watch.output.reshape(-1, first.shape[-1])
     whole = frames = renewed = reusable = 0
-    for rows, rotary, windows in frames_of(watch.given):
-        want, fresh, n = naive(blocks, flat[rows], choose, interval, rotary=rotary, windows=windows, cut=cut)
+    for number, (rows, rotary, windows) in enumerate(frames_of(watch.given)):
+        mine = given[number] if given else None
+        want, fresh, n = naive(
+            blocks, flat[rows], choose, interval, rotary=rotary, windows=windows, cut=cut, given=mine
+        )
         torch.testing.assert_close(got[rows], want, atol=1e-5, rtol=0)
         whole, frames, renewed = whole + len(fresh), frames + len(rows), renewed + n
         reusable += (len(rows) - len(fresh)) * rows.shape[1] * len(blocks)
@@ -360,6 +381,113 @@ def test_a_vision_language_model_equals_naive_loops(model, name, rule):
         frames_of, unit = batched(len(inputs["pixel_values_videos"])), 1
     run = Run(net, lambda: call(net, inputs))
     compare(blocks, run, CACHER + knobs, frames_of, choosing(kind, value, unit), interval, cut)
+
+
+def placed(name, config, changes, shape):
+    """Changes [T, rows, columns] as lists [T][N] of a tower's rows, from what is known of their order by hand."""
+    t, h, w = shape
+    size = len(changes) // t
+    joined = [sum(changes[i] for i in range(k * size, (k + 1) * size)).clamp(max=1) for k in range(t)]
+    found = []
+    for one in joined:
+        # the grid of the changes is cut into the patches of the tower
+        fine = one.repeat_interleave(h // one.shape[0], 0).repeat_interleave(w // one.shape[1], 1).tolist()
+        if name not in PACKED:
+            found.append([value for row in fine for value in row])
+            continue
+        units = [(y, x) for y in range(h // 2) for x in range(w // 2)]
+        if name == "qwen2.5-vl":
+            side = config.window_size // 2 // config.patch_size
+            units.sort(key=lambda unit: (unit[0] // side, unit[1] // side, *unit))
+        found.append([fine[2 * y + dy][2 * x + dx] for y, x in units for dy in (0, 1) for dx in (0, 1)])
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", BATCHED + PACKED)
+def test_the_codec_s_change_takes_the_place_of_the_cosine(model, name, rule):
+    family = FAMILIES[name]
+    net, inputs = model(family), family.inputs("videos")
+    knobs, kind, value, interval, cut = RULES[rule]
+    generator = torch.Generator().manual_seed(3)
+    if name in PACKED:
+        grids, config = inputs["video_grid_thw"], net.config.vision_config
+        blocks, frames_of, unit = net.model.visual.blocks, packed(grids), 4
+        shapes, size = grids.tolist(), 2
+    else:
+        tower, config = net.model.vision_tower, net.config.vision_config
+        blocks = getattr(tower, "vision_model", tower).encoder.layers
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        side = config.image_size // config.patch_size
+        shapes, size, frames_of, unit = [(frames, side, side)] * videos, 1, batched(videos), 1
+    # steps of 1 / 512, so that sums are exact
+    given = [
+        torch.randint(0, 512, (size * t, *(n // (2 - n % 2) for n in (h, w))), generator=generator) / 512
+        for t, h, w in shapes
+    ]
+    want = [placed(name, config, changes, shape) for changes, shape in zip(given, shapes, strict=True)]
+    if name == "llava-next-video":  # CLIP's class token
+        want = [[[None, *row] for row in one] for one in want]
+    run = Run(net, lambda: call(net, inputs))
+    with using_signals(*given):
+        compare(
+            blocks, run, CACHER + "temporal=codec;" + knobs, frames_of, choosing(kind, value, unit), interval, cut, want
+        )
+
+
+@pytest.mark.parametrize("knobs", ["interval=3", "rule=similarity;interval=none", "scene_cut=0.4;interval=none"])
+@pytest.mark.parametrize("name", ["siglip", "clip", "open_clip"])
+def test_changes_add_up_over_the_calls_of_a_stream(tower, name, knobs):
+    net, run = tower(name)
+    frames = clip(7)
+    given = torch.randint(0, 300, (7, 4, 4), generator=torch.Generator().manual_seed(0)) / 512
+    spec = f"stc:temporal=codec;{knobs}"
+    with mmaccel.accelerate(net, spec):
+        with using_signals(given):
+            whole = encode(run, frames)
+        with using_signals(1 - given):
+            other = encode(run, frames)
+        for size in (1, 2, 3):
+            with following(Stream()):
+                parts = []
+                for start in range(0, 7, size):
+                    with using_signals(given[start : start + size]):
+                        parts.append(encode(run, frames[start : start + size]))
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)
+        with following(Stream()), pytest.raises(NotApplicableError, match="signals"):
+            encode(run, frames)
+    assert not torch.allclose(whole, other, atol=1e-3)
+
+
+def test_signals_belong_to_a_call_and_are_asked_for_where_they_are_needed(tower):
+    net, run = tower("siglip")
+    dense = encode(run, clip(2))
+    with mmaccel.accelerate(net, "stc:temporal=codec"):
+        assert torch.equal(encode(run, clip(2)[:1]), dense[:1])  # nothing can be reused
+        with pytest.raises(NotApplicableError, match=r"using_signals"):
+            encode(run, clip(2))
+        with using_signals(torch.zeros(1, 4, 4)), pytest.raises(NotApplicableError, match="of 1 frames"):
+            encode(run, clip(2))
+    with mmaccel.accelerate(net, "stc:temporal=codec;refresh=1.0"):
+        assert torch.equal(encode(run, clip(2)), dense)
+    assert torch.equal(encode(run, clip(2)), dense)
+
+
+def test_a_model_s_stream_takes_changes_beside_each_frame():
+    model, processor = video_qa()
+    generator = torch.Generator().manual_seed(0)
+    frames = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator) for _ in range(4)]
+    told = []
+    for change in (0.0, 1.0):
+        changes = torch.zeros(1, 8, 8)
+        changes[:, :4] = change
+        with mmaccel.stream(model, "stc:keep=1.0;temporal=codec;rule=similarity", processor=processor) as session:
+            for frame in frames:
+                with using_signals(changes):
+                    session.push(frame)
+            told.append(session.report().events["stc rows computed in these"])
+            session.ask("what is it ?", max_new_tokens=1)
+    assert told == ["0.0%", "50.0%"]
 
 
 @pytest.mark.parametrize("knobs", ["refresh=1.0", "interval=1", "refresh=1.0;rule=similarity"])
