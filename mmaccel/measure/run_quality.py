@@ -38,10 +38,10 @@ class QualityOptions:
 
     methods: names, or specs without `keep`. keeps: budgets. overrides: full specs, each in the place of that of the
     same method at the same keep, for knobs that a paper sets by budget: "holitom:keep=0.1;tau=0.65"; what is not run
-    needs none. extra: full specs that run beside them, for methods that cost as much at another keep. clips: of each seed, disjoint. first: number of the first one in `split`. questions: at most so many a
-    clip, 0 for one of every kind that the clip allows; which kinds differs from clip to clip. source: "render" hands
-    frames over directly, "h264" writes 32 frames to a file and reads 8 back. workers: processes, each with `threads`
-    threads.
+    needs none. extra: full specs that run beside them, such as keeps at which methods cost alike. clips: of each seed,
+    disjoint. first: number of the first one in `split`. questions: at most so many a clip, 0 for one of every kind that
+    the clip allows; which kinds differs from clip to clip. source: "render" hands frames over directly, "h264" writes
+    32 frames to a file and reads 8 back. workers: processes, each with `threads` threads.
     """
 
     methods: tuple[str, ...]
