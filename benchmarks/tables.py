@@ -13,13 +13,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encoder_tables import encoders, equal_flops, plot_streaming, streaming, towers
+from table_format import (
+    Row,
+    against,
+    depth_of,
+    interval_text,
+    keep_of,
+    machine_of,
+    mark,
+    markdown,
+    path_of,
+    percent,
+    place_of,
+    points,
+    seconds_text,
+    share_of,
+    tokens_of,
+)
+
 from mmaccel.measure import Point, pareto_plot, read_rows
-from mmaccel.method import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-Row = dict[str, Any]
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -66,18 +82,18 @@ def quality(rows: list[Row], everything: bool) -> str:
     cost = "FLOPs, own scoring included" if own else "FLOPs"
     heads = ["setting", "accuracy", "of dense", "over random", "same answer", "tokens", "prefill", cost]
     lines = []
-    pooled.sort(key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -_keep(row["spec"])))
+    pooled.sort(key=lambda row: (str(row["seed"]) != "all", str(row["seed"]), -keep_of(row["spec"])))
     for row in pooled:
         seed = "" if row["seed"] == "all" else f", seed {row['seed']}"
         lines.append(
             [
-                f"`{row['spec']}`{_mark(row['spec'])}{seed}",
-                f"{_percent(row['accuracy']['value'])} {_interval(row['accuracy'])}",
-                "" if row["ratio"] is None or row["spec"] == "dense" else _percent(row["ratio"]["value"]),
-                "" if row["over_random"] is None else _points(row["over_random"]),
-                _percent(row["agreement"]),
-                _tokens(row),
-                *(_percent(row[cost] / dense[row["seed"]][cost]) for cost in ("prefill_flops", "flops")),
+                f"`{row['spec']}`{mark(row['spec'])}{seed}",
+                f"{percent(row['accuracy']['value'])} {interval_text(row['accuracy'])}",
+                "" if row["ratio"] is None or row["spec"] == "dense" else percent(row["ratio"]["value"]),
+                "" if row["over_random"] is None else points(row["over_random"]),
+                percent(row["agreement"]),
+                tokens_of(row),
+                *(percent(row[cost] / dense[row["seed"]][cost]) for cost in ("prefill_flops", "flops")),
             ]
         )
     one = pooled[0]
@@ -88,9 +104,9 @@ def quality(rows: list[Row], everything: bool) -> str:
         f"questions, {len(one['options']['seeds'])} seeds; 95 % intervals draw clips; over random: points, at the same "
         "keep; tokens: in the prompt, in the first and in the last decoder layer; prefill: FLOPs of the language "
         f"model, of dense; FLOPs: of {work}, of dense. "
-        f"* baseline. {_machine(one)}"
+        f"* baseline. {machine_of(one)}"
     )
-    return _markdown(heads, lines, caption)
+    return markdown(heads, lines, caption)
 
 
 def speed(rows: list[Row], everything: bool) -> str:
@@ -111,42 +127,8 @@ def speed(rows: list[Row], everything: bool) -> str:
     return "\n".join(_speed_part(caption, shown) for caption, shown in parts.items())
 
 
-def encoders(rows: list[Row], _everything: bool) -> str:
-    """The stages of the newest run, and whether the encoder's time follows its FLOPs."""
-    newest = max(rows, key=lambda row: row["time"])["key"]
-    run = [row for row in rows if row["key"] == newest]
-    dense = next(row for row in run if row["spec"] == "dense")
-    stages = [stage for stage in dense["ttft"]["stages"] if stage != "rest"]
-    heads = ["setting", "first token", "of dense", *stages, "own work", "encoder FLOPs", "encoder time", "time / FLOPs",
-             "tokens"]  # fmt: skip
-    lines = []
-    for row in sorted(run, key=lambda row: row is not dense):
-        flops = row["flops_encoder"] / dense["flops_encoder"]
-        lines.append(
-            [
-                f"`{row['spec']}`{_mark(row['spec'])}",
-                _seconds(row["ttft"]["total"]["median"]),
-                _percent(row["ttft_ratio"]),
-                *(_seconds(row["ttft"]["stages"][stage]["median"]) for stage in stages),
-                "" if row is dense else _percent(row["overhead_of_dense"]),
-                _percent(flops),
-                _percent(row["stage_ratio"]["encode"]) if row is not dense else "100.0 %",
-                f"{row['stage_ratio']['encode'] / flops:.2f}" if row is not dense else "1.00",
-                _tokens(row),
-            ]
-        )
-    depth = _depth(dense).removeprefix(", ")
-    caption = (
-        f"**Random weights** in the published configuration of {dense['model']}, {dense['frames']} frames"
-        f"{', ' + depth if depth else ''}, {dense['dtype']}, SDPA, batch 1, median of {dense['repeats']} warm rounds "
-        "in turn; own work: scoring, deciding and merging, of the dense time to first token, contained in the stages; "
-        f"encoder FLOPs and time: of dense. * baseline. {_machine(dense)}"
-    )
-    return _markdown(heads, lines, caption)
-
-
 def _setup(row: Row) -> tuple[Any, ...]:
-    return _place(row), row["model"], row["frames"], row["dtype"], row["layers"], row["vision_layers"]
+    return place_of(row), row["model"], row["frames"], row["dtype"], row["layers"], row["vision_layers"]
 
 
 def _speed_part(caption: str, runs: list[list[Row]]) -> str:
@@ -158,23 +140,23 @@ def _speed_part(caption: str, runs: list[list[Row]]) -> str:
         dense = next(row for row in run if row["spec"] == "dense")
         for row in sorted(run, key=lambda row: row is not dense):
             share = row["flops_counted"]["total"] / dense["flops_counted"]["total"]
-            own = "" if row is dense else f"{_percent(row['overhead_of_dense'])} / {_percent(row['overhead_of_own'])}"
+            own = "" if row is dense else f"{percent(row['overhead_of_dense'])} / {percent(row['overhead_of_own'])}"
             token = row.get("time_per_output_token")
             lines.append(
                 [
-                    f"{row['model']}, {row['frames']} frames{_depth(row)}",
-                    f"`{row['spec']}`{_mark(row['spec'])}",
-                    _seconds(row["ttft"]["total"]["median"]),
-                    _percent(row["ttft_ratio"]),
-                    *(_share(row, dense, stage) for stage in ("encode", "prefill")),
+                    f"{row['model']}, {row['frames']} frames{depth_of(row)}",
+                    f"`{row['spec']}`{mark(row['spec'])}",
+                    seconds_text(row["ttft"]["total"]["median"]),
+                    percent(row["ttft_ratio"]),
+                    *(share_of(row, dense, stage) for stage in ("encode", "prefill")),
                     own,
-                    *([_seconds(token["median"]) if token else ""] * tokens_timed),
+                    *([seconds_text(token["median"]) if token else ""] * tokens_timed),
                     f"{row['memory']['growth'] / 1e6:,.0f} MB",
-                    _tokens(row),
-                    _percent(share),
+                    tokens_of(row),
+                    percent(share),
                 ]
             )
-    return _markdown(heads, lines, caption)
+    return markdown(heads, lines, caption)
 
 
 def kernels(rows: list[Row], everything: bool) -> str:
@@ -182,7 +164,7 @@ def kernels(rows: list[Row], everything: bool) -> str:
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if everything or row["size"] != "tiny":
-            key = ((_machine(row), row["repeats"]), row["op"], row["size"], row["dtype"])
+            key = ((machine_of(row), row["repeats"]), row["op"], row["size"], row["dtype"])
             groups.setdefault(key, {})[row["contestant"]] = row
     heads = ["op", "time", "of eager", "of compiled", "of SDPA", "of the limit", "path"]
     # what one caption describes shares a table
@@ -194,10 +176,10 @@ def kernels(rows: list[Row], everything: bool) -> str:
         tables.setdefault(place, []).append(
             [
                 f"`{ours['op']}`, {ours['shape']}, {ours['dtype']}",
-                _seconds(ours["seconds"]["median"]),
-                *("" if rival is None else _against(rival) for rival in rivals),
-                f"{_percent(ours['of_limit'])} ({ours['limited_by']})",
-                ", ".join(_path(event) for event in ours["path"]),
+                seconds_text(ours["seconds"]["median"]),
+                *("" if rival is None else against(rival) for rival in rivals),
+                f"{percent(ours['of_limit'])} ({ours['limited_by']})",
+                ", ".join(path_of(event) for event in ours["path"]),
             ]
         )
         for row in group.values():
@@ -205,7 +187,7 @@ def kernels(rows: list[Row], everything: bool) -> str:
                 missing.setdefault(place, {})[f"No {row['contestant']} `{row['op']}`: {row['missing']}."] = None
     parts = []
     for place, lines in tables.items():
-        one = next(row for row in rows if (_machine(row), row["repeats"]) == place)
+        one = next(row for row in rows if (machine_of(row), row["repeats"]) == place)
         gpu = "" if any(row["device"] != "cpu" for row in rows) else " No GPU figure exists yet."
         caption = (
             f"**Random inputs**, {one['device']}, median of {one['repeats']} warm rounds in turn; of eager, compiled "
@@ -214,7 +196,7 @@ def kernels(rows: list[Row], everything: bool) -> str:
             "the copy bandwidth and the matmul rate measured in the same rounds, as a share of the op's."
             f"{' '.join(['', *missing.get(place, {})])}{gpu} {place[0]}"
         )
-        parts.append(_markdown(heads, lines, caption))
+        parts.append(markdown(heads, lines, caption))
     return "\n".join(parts)
 
 
@@ -230,7 +212,7 @@ def codecs(rows: list[Row], everything: bool) -> str:
     for cells in places.values():
         one = next(row for group in cells.values() for row in group.values())
         heads, lines = _codec_lines(cells) if everything else _codec_summary(cells)
-        parts.append(_markdown(heads, lines, _codec_caption(one, cells)))
+        parts.append(markdown(heads, lines, _codec_caption(one, cells)))
     return "\n".join(parts)
 
 
@@ -260,7 +242,7 @@ def _codec_summary(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[li
         if ours["missing"] is not None:
             lines.append([cell, f"missing: {ours['missing']}", *[""] * 5])
             continue
-        against = "" if peer is None else f"{_percent(peer['ratio']['median'])} ({peer['contestant']})"
+        against = "" if peer is None else f"{percent(peer['ratio']['median'])} ({peer['contestant']})"
         lines.append([cell, _codec_time(ours), against, *_codec_cost(ours)])
     return heads, lines
 
@@ -276,8 +258,8 @@ def _codec_lines(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[list
             if row["missing"] is not None:
                 lines.append([cell, reader, "missing", *[""] * 7])
                 continue
-            low, high = (_seconds(row["seconds"][end]) for end in ("low", "high"))
-            ratio = "" if row["ratio"] is None or name == "mmaccel" else _percent(row["ratio"]["median"])
+            low, high = (seconds_text(row["seconds"][end]) for end in ("low", "high"))
+            ratio = "" if row["ratio"] is None or name == "mmaccel" else percent(row["ratio"]["median"])
             exact = "yes" if row["exact"] else "NO"
             spread = f"{low} to {high}"
             lines.append([cell, reader, _codec_time(row), spread, ratio, exact, *_codec_cost(row)])
@@ -286,13 +268,13 @@ def _codec_lines(cells: dict[str, dict[str, Row]]) -> tuple[list[str], list[list
 
 def _codec_time(row: Row) -> str:
     seconds, videos = row["seconds"]["median"], row["videos"]
-    return _seconds(seconds) if videos == 1 else f"{_seconds(seconds)}, {videos / seconds:.1f} a second"
+    return seconds_text(seconds) if videos == 1 else f"{seconds_text(seconds)}, {videos / seconds:.1f} a second"
 
 
 def _codec_cost(row: Row) -> list[str]:
     memory = "" if row["growth"] is None else f"{row['growth'] / 1e6:,.0f} MB"
     decoded = "" if row["decoded"] is None else f"{row['decoded']:,}"
-    limit = "" if row["of_limit"] is None else _percent(row["of_limit"])
+    limit = "" if row["of_limit"] is None else percent(row["of_limit"])
     return [f"{row['cpu']['median']:.2f} s", memory, decoded, limit]
 
 
@@ -340,18 +322,18 @@ def codec_pool(rows: list[Row], _everything: bool) -> str:
                 continue
             what = f"{cell}, {row['threads'] or 'default'} thread{'s' * (row['threads'] != 1)}"
             share = "" if one is None else f"{one['seconds']['median'] / row['seconds']['median']:.2f}"
-            lines.append([what, _seconds(row["seconds"]["median"]), share, f"{row['cpu']['median']:.2f} s"])
+            lines.append([what, seconds_text(row["seconds"]["median"]), share, f"{row['cpu']['median']:.2f} s"])
         for row in group:
             if row["contestant"] == "engines" and row["missing"] is None:
                 what = f"{row['cell']}, {row['engines']} simulated decoder{'s' * (row['engines'] != 1)}"
-                lines.append([what, _seconds(row["makespan"]), f"{row['alone'] / row['makespan']:.2f}", ""])
+                lines.append([what, seconds_text(row["makespan"]), f"{row['alone'] / row['makespan']:.2f}", ""])
         reasons = {f" No {row['contestant']}: {row['missing']}.": None for row in group if row["missing"] is not None}
         caption = (
             f"**Rendered files**, median of {group[0]['repeats']} warm rounds in turn; times one: against one thread, "
             "or one simulated decoder; simulated: the needed groups of pictures at the seconds that decoding each "
             f"alone takes one core here, from one queue, without conversion.{''.join(reasons)} {place}."
         )
-        parts.append(_markdown(["request", "time", "times one", "CPU"], lines, caption))
+        parts.append(markdown(["request", "time", "times one", "CPU"], lines, caption))
     return "\n".join(parts)
 
 
@@ -360,26 +342,26 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
     kinds: dict[str, list[Row]] = {"quality": [], "correlation": [], "cost": []}
     for row in rows:
         kinds[row["kind"]].append(row)
-    rivals = sorted(kinds["quality"][0]["options"]["methods"], key=lambda rival: not _mark(rival))
+    rivals = sorted(kinds["quality"][0]["options"]["methods"], key=lambda rival: not mark(rival))
     lines = []
-    for row in sorted(kinds["quality"], key=lambda row: -_keep(row["spec"])):
+    for row in sorted(kinds["quality"], key=lambda row: -keep_of(row["spec"])):
         over = [row["over"].get(rival) for rival in rivals]
         lines.append(
             [
-                f"`{row['spec']}`{_mark(row['spec'])}",
+                f"`{row['spec']}`{mark(row['spec'])}",
                 row["signals"].replace("none", ""),
-                f"{_percent(row['accuracy']['value'])} {_interval(row['accuracy'])}",
-                *("" if rival is None else _points(rival) for rival in over),
+                f"{percent(row['accuracy']['value'])} {interval_text(row['accuracy'])}",
+                *("" if rival is None else points(rival) for rival in over),
             ]
         )
     one = kinds["quality"][0]
     caption = (
         f"**Embedded model.** {one['options']['clips']:,} held-out clips written as H.264, 8 of 32 frames; signals: "
         "what the method is given (noise: chance); over: points, at the same keep, 95 % intervals draw clips. * "
-        f"baseline. {_machine(one)}"
+        f"baseline. {machine_of(one)}"
     )
     heads = ["setting", "signals", "accuracy", *(f"over `{rival}`" for rival in rivals)]
-    parts = [_markdown(heads, lines, caption)]
+    parts = [markdown(heads, lines, caption)]
     names = ("change, features", "pixels, features", "change, pixels")
     lines = [
         [f"{row['clips']}, {row['n']} clip{'s' * (row['n'] != 1)}"]
@@ -390,13 +372,13 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
         "**Rank correlation** (Spearman, cells of frames after the first) of the change that the codec states, of the "
         "change of raw pixels, and of the cosine change of the embedded model's features."
     )
-    parts.append(_markdown(["clips", "codec, features", "pixels, features", "codec, pixels"], lines, caption))
+    parts.append(markdown(["clips", "codec, features", "pixels, features", "codec, pixels"], lines, caption))
     if not kinds["cost"]:
         return "\n".join(parts)
     lines = [
         [
             row["clips"],
-            _seconds(row["decode_seconds"]),
+            seconds_text(row["decode_seconds"]),
             f"{100 * (row['export_over_decode'] - 1):+.0f} %",
             f"{100 * (row['signals_over_decode'] - 1):+.0f} %",
         ]
@@ -406,7 +388,7 @@ def codec_signals(rows: list[Row], _everything: bool) -> str:
         f"**Cost** on one thread, median of {one['options']['repeats']}: decoding every frame without conversion; with "
         "the vectors handed out; and all of `codec_signals`, its decoding included."
     )
-    parts.append(_markdown(["clip", "decode", "with vectors", "signals"], lines, caption))
+    parts.append(markdown(["clip", "decode", "with vectors", "signals"], lines, caption))
     return "\n".join(parts)
 
 
@@ -426,16 +408,8 @@ def _speed_caption(run: list[Row]) -> str:
         "warm rounds in turn; encode and prefill: time of dense, then share of it; overhead: the method's own work, of "
         f"the dense and of its own time to first token{token}; peak memory: above what was held before the call "
         f"({one['memory']['method']}); FLOPs: torch's counter, the method's own included, of dense.{cut} "
-        f"* baseline. {_machine(one)}"
+        f"* baseline. {machine_of(one)}"
     )
-
-
-def _depth(row: Row) -> str:
-    if not row["shortened"]:
-        return ""
-    if "layers_total" not in row:
-        return f", {row['layers']} + {row['vision_layers']} layers"
-    return f", {row['layers']} of {row['layers_total']} + {row['vision_layers']} of {row['vision_layers_total']} layers"
 
 
 TABLES: dict[str, Callable[[list[Row], bool], str]] = {
@@ -444,6 +418,11 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "video_lm/speed_published": speed,
     "encoders/ttft": encoders,
     "encoders/merging": encoders,
+    "encoders/quality": quality,
+    "encoders/equal-flops": equal_flops,
+    "encoders/caching": towers,
+    "encoders/towers": towers,
+    "encoders/streaming": streaming,
     "kernels": kernels,
     "codecs/decode": codecs,
     "codecs/long": codecs,
@@ -452,19 +431,22 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "codecs/signals": codec_signals,
     "codecs/reuse": codec_signals,
 }
-SCENARIOS = {"kernels": "kernels/speed"}  # of tables that are not called as theirs
+SCENARIOS = {
+    "kernels": "kernels/speed",
+    "encoders/equal-flops": "encoders/quality",
+}  # of tables that are not called as theirs
 
 
-def plot_quality(results: Path = RESULTS) -> list[Path]:
+def plot_quality(results: Path = RESULTS, scenario: str = "video_lm/quality") -> list[Path]:
     """Draw accuracy of all seeds together against all FLOPs, and against those of the prefill alone."""
-    rows = [row for row in rows_of("video_lm/quality", results) if row["seed"] == "all"]
+    rows = [row for row in rows_of(scenario, results) if row["seed"] == "all"]
     drawn = []
     for cost, stage, name in (("flops", "encoder and prefill", "quality"), ("prefill_flops", "prefill", "prefill")):
-        points = [_point(row, row[cost] / 1e9) for row in rows]
-        if points:
+        points_ = [_point(row, row[cost] / 1e9) for row in rows]
+        if points_:
             drawn.append(
                 pareto_plot(
-                    points, results / "video_lm" / f"{name}.png", x=f"{stage}, GFLOPs a question", y="accuracy",
+                    points_, (results / scenario).parent / f"{name}.png", x=f"{stage}, GFLOPs a question", y="accuracy",
                     title=f"Accuracy against cost, {rows[0]['clips']:,} held-out clips", source="embedded model",
                     log=cost == "prefill_flops", percent=True,
                 )
@@ -475,75 +457,7 @@ def plot_quality(results: Path = RESULTS) -> list[Path]:
 def _point(row: Row, cost: float) -> Point:
     name, _, knobs = row["spec"].partition(":")
     interval, label = row["accuracy"], re.sub(r"keep=0?", "", knobs)
-    return Point(name, cost, interval["value"], interval["low"], interval["high"], label, bool(_mark(row["spec"])))
-
-
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
-    rule = ["---"] + ["---:"] * (len(heads) - 1)
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
-    return f"\n{body}\n\n{caption}\n\n"
-
-
-def _mark(spec: str) -> str:
-    cls = registry().get(spec.partition(":")[0])
-    return " *" if cls is not None and cls.info.baseline else ""
-
-
-def _keep(spec: str) -> float:
-    found = re.search(r"keep=([\d.]+)", spec)
-    return float(found[1]) if found else 1.0
-
-
-def _percent(share: float) -> str:
-    value = 100 * share
-    return f"{value:.1f} %" if value >= 1 else f"{value:.2f} %"
-
-
-def _interval(interval: Row) -> str:
-    return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-
-
-def _points(interval: Row) -> str:
-    return f"{100 * interval['value']:+.1f} {_interval(interval)}"
-
-
-def _tokens(row: Row) -> str:
-    numbers = [f"{row[name]:.0f}" for name in ("tokens_in", "tokens_out", "tokens_last")]
-    return " → ".join(dict.fromkeys(numbers))
-
-
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{1e6 * value:.0f} µs"
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
-
-
-def _against(rival: Row) -> str:
-    return "missing" if rival["missing"] is not None else _percent(rival["ratio"]["median"])
-
-
-def _path(event: Row) -> str:
-    return event["backend"] if event["reason"] is None else f"{event['backend']} ({event['reason']})"
-
-
-def _share(row: Row, dense: Row, stage: str) -> str:
-    if row is dense:
-        return _seconds(row["ttft"]["stages"][stage]["median"])
-    return _percent(row["stage_ratio"][stage]) if row["stage_ratio"][stage] is not None else ""
-
-
-def _place(row: Row) -> str:
-    # a run on the CPU of a machine that has a GPU says nothing of the GPU
-    machine, device = row["machine"], row.get("device", "cpu")
-    if device.startswith("cuda"):
-        return machine["gpu"]
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads a process"
-
-
-def _machine(row: Row) -> str:
-    version = row["versions"]
-    names = ("torch", "transformers", "mmaccel")
-    return f"{_place(row)}; {', '.join(f'{name} {version[name]}' for name in names)}."
+    return Point(name, cost, interval["value"], interval["low"], interval["high"], label, bool(mark(row["spec"])))
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = RESULTS) -> int:
@@ -563,7 +477,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = 
     for path in stale:
         print(f"{path.relative_to(root)}: {'out of date' if chosen.check else 'refreshed'}")
     if chosen.plots and not chosen.check:
-        for path in plot_quality(results):
+        drawn = [*plot_quality(results), *plot_quality(results, "encoders/quality")]
+        if streams := rows_of("encoders/streaming", results):
+            drawn.append(plot_streaming(streams, results / "encoders" / "streaming.png"))
+        for path in drawn:
             print(f"{path}: drawn")
     return 1 if stale and chosen.check else 0
 

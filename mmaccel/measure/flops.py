@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from mmaccel.measure.boundaries import Spans
 
-__all__ = ["OwnFlops", "count_flops", "encoder_flops", "own_flops", "paper_prefill_macs", "prefill_flops"]
+__all__ = [
+    "OwnFlops",
+    "count_flops",
+    "counted_flops",
+    "encoder_flops",
+    "own_flops",
+    "paper_prefill_macs",
+    "prefill_flops",
+]
 
 
 def _attention_received(q: Any, k: Any, rows: Any, *_: Any, **__: Any) -> int:
@@ -54,7 +62,7 @@ def count_flops(model: Any, inputs: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         AdapterError: the model is no vision-language model that has an adapter.
     """
-    counter = _counter()
+    counter = counted_flops()
     with watch(model, counter.get_total_flops) as spans, counter:
         first_token(model, inputs)
     total = counter.get_total_flops()
@@ -92,12 +100,13 @@ def own_flops(model: Any) -> Iterator[OwnFlops]:
     Raises:
         AdapterError: the model is no vision-language model that has an adapter.
     """
-    counter = _counter()
+    counter = counted_flops()
     with watch(model, counter.get_total_flops) as spans, counter:
         yield OwnFlops(spans, counter)
 
 
-def _counter() -> FlopCounterMode:
+def counted_flops() -> FlopCounterMode:
+    """torch's FLOP counter, as a context manager, that knows mmaccel's ops."""
     import mmaccel.kernels.attention_received
     import mmaccel.kernels.greedy_diverse
     import mmaccel.kernels.pairwise_match

@@ -19,7 +19,7 @@ from mmaccel.errors import MMAccelError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Peak", "peak_memory"]
+__all__ = ["Peak", "peak_memory", "resident_memory"]
 
 _STATUS, _STATM, _RESET = Path("/proc/self/status"), Path("/proc/self/statm"), Path("/proc/self/clear_refs")
 _INTERVAL = 0.002
@@ -77,7 +77,7 @@ class _ProcessMark:
         return _reset()
 
     def start(self) -> int:
-        return _resident()
+        return resident_memory()
 
     def highest(self) -> int:
         return _high_water()
@@ -135,7 +135,8 @@ def _trim() -> None:
         trim(0)
 
 
-def _resident() -> int:
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -155,13 +156,13 @@ def _reset() -> bool:
 
 @contextmanager
 def _sampled() -> Iterator[Peak]:
-    peak = Peak("rss samples", _resident())
+    peak = Peak("rss samples", resident_memory())
     peak.peak = peak.start
     stop = threading.Event()
 
     def look() -> None:
         while not stop.wait(_INTERVAL):
-            peak.peak = max(peak.peak, _resident())
+            peak.peak = max(peak.peak, resident_memory())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -170,4 +171,4 @@ def _sampled() -> Iterator[Peak]:
     finally:
         stop.set()
         thread.join()
-        peak.peak = max(peak.peak, _resident())
+        peak.peak = max(peak.peak, resident_memory())

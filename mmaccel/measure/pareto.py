@@ -100,7 +100,9 @@ def pareto_plot(
 
 def _draw(axes: Any, points: Sequence[Point], number: int) -> None:
     points = sorted(points, key=lambda point: point.x)
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    # beyond eight methods colours come again, with another marker
+    again = number + number // len(_COLOURS)
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[again % len(_MARKERS)]
     baseline = points[0].baseline
     xs, ys = [p.x for p in points], [p.y for p in points]
     down = [0.0 if p.low is None else max(0.0, p.y - p.low) for p in points]

@@ -35,13 +35,23 @@ class Scenario:
 
 
 def _runner(name: str) -> tuple[type, Callable[..., list[dict[str, Any]]]]:
-    from mmaccel.measure import run_codec_signals, run_codecs, run_kernels, run_quality, run_speed
+    from mmaccel.measure import (
+        run_codec_signals,
+        run_codecs,
+        run_kernels,
+        run_quality,
+        run_speed,
+        run_streaming,
+        run_towers,
+    )
 
     known = {
         "quality": (run_quality.QualityOptions, run_quality.run),
         "speed": (run_speed.SpeedOptions, run_speed.run),
         "kernels": (run_kernels.KernelOptions, run_kernels.run),
         "codec-signals": (run_codec_signals.CodecSignalOptions, run_codec_signals.run),
+        "towers": (run_towers.TowerOptions, run_towers.run),
+        "streaming": (run_streaming.StreamingOptions, run_streaming.run),
         "codecs": (run_codecs.CodecOptions, run_codecs.run),
     }
     if name not in known:

@@ -57,7 +57,7 @@ def test_a_small_run_and_its_resumption(tmp_path):
     informed = ["evs:temporal=codec;keep=0.25", "codec-frames:keep=0.25"]
     assert set(quality) == {
         *((spec, "none") for spec in ("dense", "evs:keep=0.25", "random:keep=0.25")),
-        *((spec, which) for spec in informed for which in ("codec", "pixels")),
+        *((spec, which) for spec in informed for which in ("codec", "pixels", "noise")),
     }
     dense = quality["dense", "none"]
     for key, row in quality.items():

@@ -111,6 +111,24 @@ def test_costs_are_those_of_a_call(loaded, cases, found):
         assert (alone.flops_own > 0) == spec.startswith(("holitom", "visionzip", "fastv", "fewer-pixels"))
 
 
+def test_a_method_that_computes_a_part_of_a_block_is_charged_for_that_part(loaded, cases):
+    spec = "stc:keep=0.5;interval=4;refresh=0.25"
+    vision = loaded[0].config.vision_config
+    N, C, inner = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size, vision.intermediate_size
+    m, T = N // 4, 8
+    whole = 2 * N * (4 * C * C + 2 * C * inner) + 4 * N * N * C
+    reusing = 2 * N * C * C + 2 * m * (3 * C * C + 2 * C * inner) + 4 * m * N * C
+    cost = evaluate(*loaded, cases[:1], [spec]).outcomes[spec].cost
+    assert cost.encoder_flops == vision.num_hidden_layers * (2 * whole + (T - 2) * reusing)
+
+
+def test_what_works_inside_the_encoder_alone_shortens_no_prompt(loaded, cases):
+    found = evaluate(*loaded, cases[:1], ["tome:keep=0.5"])
+    dense, tome = found.outcomes["dense"].cost, found.outcomes["tome:keep=0.5"].cost
+    assert tome.encoder_flops < dense.encoder_flops
+    assert tome.tokens_per_layer.tolist() == dense.tokens_per_layer.tolist()
+
+
 def test_costs_of_a_batch_are_those_of_its_questions_one_by_one(loaded, cases, found):
     # clips have 3, 2 and 2 questions of different lengths, so the batch holds padding and one that is asked twice
     for spec in ("dense", *SPECS):
