@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ import mmaccel
 from mmaccel.codecs.live import LiveFrame
 from mmaccel.core.stream import current_stream
 from mmaccel.errors import MethodError, StreamError
+from mmaccel.method import Info, Stage
+from mmaccel.reducer import BEFORE_LLM, GridReducer
+from mmaccel.tokens.place import Reduction
 from tests.checks import ids, snapshot
 from tests.streams import QUESTION, STREAMED, frames_of, options
 
@@ -155,3 +161,72 @@ def test_the_report_says_that_frames_were_read(model):
         session.follow(frames_of(ONEVISION, 3))
         assert session.report().lines() == []
         assert session.report().calls == {"frames of a stream": 3}
+
+
+@dataclass(frozen=True)
+class _Novel(GridReducer):
+    """Keeps four tokens of every third frame group, and nothing of the others."""
+
+    keep: float | int = 0.5
+    info: ClassVar[Info] = Info(
+        name="novel-frames", verb="drop", stage=Stage.BEFORE_LLM, summary="test", source="test", year=2026,
+        targets=("video-lm",), slots=(BEFORE_LLM,),
+    )  # fmt: skip
+    streams: ClassVar[bool] = True
+
+    def reduce(self, tokens):
+        return Reduction(torch.arange(0 if tokens.number % 3 else 4))
+
+
+@pytest.mark.parametrize("evict", ["oldest", "least-salient"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("family", STREAMED, ids=ids(STREAMED))
+def test_frames_of_which_nothing_is_kept_do_not_pile_up(family, model, positions, evict):
+    with mmaccel.stream(model(family), _Novel(positions=positions), **options(family), max_tokens=9, evict=evict) as s:
+        for number in range(8):
+            s.follow(frames_of(family, 6, seed=number))
+            assert len(s._held.blocks) <= 1 + 3 * 9
+            assert asked(s).tokens <= 9
+        assert s.stats().made - s.stats().reduced - s.stats().evicted == s.stats().held
+
+
+@pytest.mark.parametrize("on_evict", ["rotate", "rebuild"])
+def test_nothing_may_stand_before_the_video(model, on_evict):
+    frames, prompt = frames_of(NEXT, 5), "<video>{question}"
+    more = {"processor": NEXT.processor(), "prompt": prompt}
+    with mmaccel.stream(model(NEXT), **more, max_tokens=9, on_evict=on_evict) as session:
+        session.follow(frames)
+        assert session.stats().evictions == 4
+        got = asked(session)
+    with mmaccel.stream(model(NEXT), **more) as session:
+        session.push(frames[-1])
+        torch.testing.assert_close(got.logits, asked(session).logits, atol=1e-5, rtol=0)
+
+
+def test_one_thread_may_ask_while_another_pushes(model):
+    frames = frames_of(ONEVISION, 24)
+    with mmaccel.stream(model(ONEVISION), **options(ONEVISION)) as session:
+        session.follow(frames)
+        want = asked(session)
+    failed = []
+    with mmaccel.stream(model(ONEVISION), **options(ONEVISION)) as session:
+        session.push(frames[0])
+
+        def work():
+            try:
+                session.follow(frames[1:])
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        seen = []
+        while thread.is_alive():
+            seen.append(asked(session).tokens)
+            assert session.stats().held % 9 == 0
+        thread.join()
+        assert failed == []
+        assert seen == sorted(seen)
+        got = asked(session)
+    assert got == want
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=0)

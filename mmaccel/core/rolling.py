@@ -188,11 +188,13 @@ class RollingPrefill:
             else:
                 taken.append(torch.zeros_like(block.visual))
         cursor = _Cursor()
-        position = torch.cat([cursor.place(block) for block in blocks], 1)
+        placed = [cursor.place(block) for block in blocks]
+        position = torch.cat(placed, 1) if placed else self._positions[:, :0]
         index = torch.cat(taken).nonzero().squeeze(1)
         if self._rebuild:
             self.cache = self._empty()
-            self._compute(blocks, position)
+            if blocks:
+                self._compute(blocks, position)
         else:
             self._move(index, position - self._positions[:, index])
         self.blocks, self._cursor, self._positions = blocks, cursor, position

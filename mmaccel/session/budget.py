@@ -54,8 +54,8 @@ class Budget:
         salience[block.visual] = evicting.unlike_mean(x, self._mean)
         return replace(block, salience=salience)
 
-    def make_room(self, held: RollingPrefill, new: int) -> None:
-        """Evict from `held` until `new` more visual tokens fit.
+    def make_room(self, held: RollingPrefill, new: int, head: int) -> None:
+        """Evict from `held` until `new` more visual tokens fit; the first `head` blocks are not of the stream.
 
         Raises:
             StreamError: they never will.
@@ -83,6 +83,10 @@ class Budget:
         else:
             for number in shown[: evicting.oldest([sizes[number] for number in shown], surplus)]:
                 keeps[number] = torch.zeros_like(blocks[number].visual)
+        # what methods have left nothing of but its text goes with the frames around it
+        staying = (n for n in shown if keeps[n] is None or bool(keeps[n][blocks[n].visual].any()))  # type: ignore[index]
+        for number in range(head, next(staying, len(blocks))):
+            keeps[number] = torch.zeros_like(blocks[number].visual)
         held.keep(keeps)
         self.evicted += before - held.tokens
         self.evictions += 1

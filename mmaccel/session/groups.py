@@ -151,7 +151,9 @@ class Groups:
         else:
             y, x = cells.cell // W % H, cells.cell % W
             inside = torch.stack([cells.cell // (H * W), y, x])
-            extent = int(torch.maximum(y, x).max()) + 1 if self._compact else max(H, W)
+            extent = max(H, W)
+            if self._compact:
+                extent = int(torch.maximum(y, x).max()) + 1 if M else 0
         words = torch.arange(len(lead) + len(trail), device=device).expand(axes, -1)
         offset = torch.cat([words[:, : len(lead)], inside + len(lead), words[:, len(lead) :] + extent], 1)
         embeds = torch.cat([self._table(lead), cells.features, self._table(trail)])

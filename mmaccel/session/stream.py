@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import time as clocks
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
 
 import torch
 
@@ -35,6 +37,20 @@ OnEvict = Literal["rotate", "rebuild"]
 
 _PLACE = "on each frame of a stream"
 _LATENCIES = 2048  # groups over which latency is told
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _alone(method: Callable[Concatenate[StreamSession, P], T]) -> Callable[Concatenate[StreamSession, P], T]:
+    """One call at a time, whichever thread it comes from."""
+
+    @functools.wraps(method)
+    def locked(self: StreamSession, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 def stream(
@@ -86,7 +102,7 @@ def stream(
 
 
 class StreamSession:
-    """One stream; made by `stream`. For one thread at a time; several sessions may run in several threads."""
+    """One stream; made by `stream`. A thread may push while another asks: each call waits for the one before it."""
 
     def __init__(
         self, model: Any, methods: Iterable[Any], *, processor: Any, budget: Budget, on_evict: OnEvict, fps: float,
@@ -94,7 +110,7 @@ class StreamSession:
     ) -> None:  # fmt: skip
         if on_evict not in get_args(OnEvict):
             raise MethodError(f"on_evict must be one of {', '.join(get_args(OnEvict))}, not {on_evict!r}.")
-        self._fps, self._budget = rate_of(fps), budget
+        self._fps, self._budget, self._lock = rate_of(fps), budget, threading.RLock()
         given = list(methods)
         wanted = arrange(normalise(given)) if given else []
         target = resolve(model)
@@ -102,7 +118,7 @@ class StreamSession:
         self._site: Any = target.site
         self._feeder = Feeder(self._site, processor, prompt)
         if budget.limited and on_evict == "rotate":
-            check_rotary(getattr(self._site.language_model, "rotary_emb", None))
+            check_rotary(getattr(self._site.language_model, "rotary_emb", None), self._site.rotary_axes)
         rebuild = budget.limited and on_evict == "rebuild"
         self._held = RollingPrefill(self._site.language_model, self._site.rotary_axes, rebuild=rebuild)
         self._memory = Stream()
@@ -128,6 +144,7 @@ class StreamSession:
             self.close()
             raise
 
+    @_alone
     def close(self) -> None:
         """End the session; methods go from the model with the last session that has them. May be called twice."""
         self._shared = None
@@ -139,6 +156,7 @@ class StreamSession:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    @_alone
     def push(self, frame: Any, time: float | None = None) -> bool:
         """Read one frame; False if it was dropped, and counted, because it is not later than the one before.
 
@@ -213,6 +231,7 @@ class StreamSession:
             self._set_rate(before)
         return taken
 
+    @_alone
     @torch.no_grad()
     def ask(self, question: str, *, max_new_tokens: int = 128, logits: bool = False) -> Answer:
         """Answer a question about what has been seen, greedily; the stream is left as it was.
@@ -236,7 +255,7 @@ class StreamSession:
         if len(last.closing):
             tail.insert(0, self._maker.plain(last.closing))
         with self._held.aside():
-            if pending is not None:
+            if pending is not None and len(pending.block):
                 self._held.extend([self._near(pending.block)])
             self._check_length(sum(map(len, tail)) + max_new_tokens - 1, "the question with its answer")
             ids, rows = self._decode(self._held.extend(tail), max_new_tokens)
@@ -244,6 +263,7 @@ class StreamSession:
         text, seconds = self._feeder.text(ids), clocks.perf_counter() - began
         return Answer(text, tuple(ids), seen, seconds, torch.cat(rows) if logits else None)
 
+    @_alone
     def stats(self) -> StreamStats:
         """What has happened so far; also after the session was closed."""
         took = sorted(self._latencies) or [0.0]
@@ -280,10 +300,11 @@ class StreamSession:
         memory = self._memory.copy()
         group = self._maker.group(frames, self._place(frames), memory)
         with self._whole():
-            self._budget.make_room(self._held, group.block.tokens)
+            self._budget.make_room(self._held, group.block.tokens, self._head)
             block = self._near(group.block)
             self._check_length(block.advance, "this frame", block.gap or 0)
-            self._held.extend([self._budget.weigh(block)])
+            if len(block):
+                self._held.extend([self._budget.weigh(block)])
         self._waiting, self._last_group, self._memory = [], group, memory
         self._groups += 1
         self._made += group.made
@@ -320,7 +341,7 @@ class StreamSession:
             frames = self._filled()
             self._flushed = self._maker.group(frames, self._place(frames), self._memory.copy())
         with self._whole():
-            self._budget.make_room(self._held, self._flushed.block.tokens)
+            self._budget.make_room(self._held, self._flushed.block.tokens, self._head)
         return self._flushed
 
     def _decode(self, hidden: torch.Tensor, most: int) -> tuple[list[int], list[torch.Tensor]]:
@@ -344,6 +365,11 @@ class StreamSession:
             return block
         self._report.note("a gap in time longer than the model's longest sequence was closed")
         return replace(block, gap=1)
+
+    @property
+    def _head(self) -> int:
+        """Blocks that come before the video."""
+        return int(bool(self._feeder.before))
 
     @property
     def _limit(self) -> int | None:
