@@ -192,6 +192,23 @@ def test_what_is_left_after_the_oldest_went_is_a_video_of_its_own(family, model)
         assert (stats.held, stats.evicted) == (3 * per_group, stats.made - 3 * per_group)
 
 
+@pytest.mark.parametrize("on_evict", ["rotate", "rebuild"])
+@pytest.mark.parametrize("fps", [3.0, 8.0, 24.0])
+def test_times_between_the_steps_of_the_model_close_up_as_those_of_a_video_of_its_own(model, fps, on_evict):
+    family, frames = STREAMED[3], frames_of(STREAMED[3], 16)
+    more = {"max_tokens": 45, "on_evict": on_evict, "slack": 0, "fps": fps}
+    with mmaccel.stream(model(family), **options(family), **more) as session:
+        for end in range(2, 17, 2):
+            session.follow(frames[end - 2 : end])
+            begin = max(0, end - 6)
+            inputs = inputs_of(family, frames[begin:end], begin, fps=fps)
+            want = seen_by_language_model(model(family), lambda inputs=inputs: call(model(family), inputs))
+            held = session._held.positions
+            assert torch.equal(held, want["position_ids"][-3:, 0, : held.shape[1]])
+            if on_evict == "rebuild":
+                same(asked(session), offline(model(family), inputs))
+
+
 @pytest.mark.parametrize("family", STREAMED, ids=ids(STREAMED))
 def test_turned_keys_are_those_of_the_new_positions(family, model):
     """In the first layer keys and values depend on token and position alone, so they are those of less video."""

@@ -204,8 +204,8 @@ class VideoLM:
         """How many frames of a video the tower joins to one group of tokens."""
         return 1
 
-    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
-        """Temporal position of a video's frame group, from its number and the time at which it begins.
+    def clock(self, group: int, seconds: float) -> float | None:  # noqa: ARG002
+        """Temporal position of a video's frame group before it is rounded down, from its number and when it begins.
 
         None where each group begins behind the tokens before it, as text does; otherwise all groups of a video share
         their origin and are apart in time only.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -26,10 +25,9 @@ class Qwen25VL(Qwen2VL):
         whole = self.config.vision_config.fullatt_block_indexes
         return max((block for block in whole if block <= layer), default=min(whole))
 
-    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
+    def clock(self, group: int, seconds: float) -> float | None:  # noqa: ARG002
         """Absolute time, in steps of the config."""
-        # a time such as 3 * (1 / 3) must not fall below its step by rounding
-        return math.floor(seconds * self.config.vision_config.tokens_per_second + 1e-6)
+        return seconds * self.config.vision_config.tokens_per_second
 
     def in_order(self, grids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The blocks work in window order."""

@@ -28,7 +28,7 @@ class Qwen2VL(VideoLM):
         """Frames of a temporal patch."""
         return self.config.vision_config.temporal_patch_size
 
-    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
+    def clock(self, group: int, seconds: float) -> float | None:  # noqa: ARG002
         """One step a group."""
         return group
 

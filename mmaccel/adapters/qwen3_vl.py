@@ -11,6 +11,6 @@ class Qwen3VL(Qwen2VL):
     family = "qwen3-vl"
     model_types = ("qwen3_vl",)
 
-    def clock(self, group: int, seconds: float) -> int | None:  # noqa: ARG002
+    def clock(self, group: int, seconds: float) -> float | None:  # noqa: ARG002
         """Time is told by the text between the frames."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ class Block:
     offset: int64 [axes, n], positions counted from where the block begins. advance: by how much the next block begins
     later. visual: bool [n]. salience: float32 [n], 0 for text. deep: for each deep-stack level features [visual, D].
     gap: None for a block that begins behind the one before it. Otherwise all blocks with a gap begin where the first
-    of them did, and this one is `gap` steps of the first axis later than the one before it. compact: whether what is
-    left of it closes up when tokens are taken out.
+    of them did, and this one is `gap` steps of the first axis later than the one before it; their sum is rounded down.
+    compact: whether what is left of it closes up when tokens are taken out.
     """
 
     embeds: torch.Tensor | None
@@ -38,7 +39,7 @@ class Block:
     visual: torch.Tensor
     salience: torch.Tensor
     deep: tuple[torch.Tensor, ...] = ()
-    gap: int | None = None
+    gap: float | None = None
     compact: bool = True
 
     def __len__(self) -> int:
@@ -71,7 +72,13 @@ class _Cursor:
 
     next: int = 0
     anchor: int | None = None
-    time: int = 0
+    time: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """How much later than the anchor the last block with a gap began."""
+        # a time such as 3 * (1 / 3) must not fall below its step by rounding
+        return math.floor(self.time + 1e-6)
 
     def place(self, block: Block) -> torch.Tensor:
         """int64 [axes, n]: the positions of the block, which is the next one."""
@@ -79,12 +86,12 @@ class _Cursor:
             begin, self.next = self.next, self.next + block.advance
             return block.offset + begin
         if self.anchor is None:
-            self.anchor, self.time = self.next, 0
+            self.anchor, self.time = self.next, 0.0
         else:
             self.time += block.gap
         self.next = max(self.next, self.anchor + block.advance)
         position = block.offset + self.anchor
-        position[0] += self.time
+        position[0] += self.step
         return position
 
 
@@ -117,7 +124,7 @@ class RollingPrefill:
     def end(self) -> int:
         """One more than the largest position."""
         cursor = self._cursor
-        return cursor.next if cursor.anchor is None else max(cursor.next, cursor.anchor + cursor.time + 1)
+        return cursor.next if cursor.anchor is None else max(cursor.next, cursor.anchor + cursor.step + 1)
 
     @property
     def tokens(self) -> int:
@@ -181,11 +188,13 @@ class RollingPrefill:
             else:
                 taken.append(torch.zeros_like(block.visual))
         cursor = _Cursor()
-        position = torch.cat([cursor.place(block) for block in blocks], 1)
+        placed = [cursor.place(block) for block in blocks]
+        position = torch.cat(placed, 1) if placed else self._positions[:, :0]
         index = torch.cat(taken).nonzero().squeeze(1)
         if self._rebuild:
             self.cache = self._empty()
-            self._compute(blocks, position)
+            if blocks:
+                self._compute(blocks, position)
         else:
             self._move(index, position - self._positions[:, index])
         self.blocks, self._cursor, self._positions = blocks, cursor, position

@@ -14,17 +14,24 @@ __all__ = ["check_rotary", "turn", "turn_angles"]
 _MOVING = ("dynamic", "longrope")
 
 
-def check_rotary(rotary: Any) -> None:
-    """Refuse rotary embeddings whose rotations do not compose.
+def check_rotary(rotary: Any, axes: int = 1) -> None:
+    """Refuse rotary embeddings whose rotations do not compose, or that pair other channels than `turn`.
 
     Raises:
-        NotApplicableError: there are none, or their frequencies change with the length of the sequence.
+        NotApplicableError: there are none, their frequencies change with the length of the sequence, they turn
+        neighbouring channels, or keep the `axes` of their positions apart.
     """
     kind = getattr(rotary, "rope_type", "default")
     if not hasattr(rotary, "inv_freq") or kind in _MOVING:
         what = f"rotary embeddings of type {kind!r}" if hasattr(rotary, "inv_freq") else "no rotary embeddings"
         raise NotApplicableError(
             f'cached keys of a model with {what} cannot be moved to other positions; use on_evict="rebuild".'
+        )
+    step = torch.ones(axes, 1, dtype=torch.int64, device=rotary.inv_freq.device)
+    first, second = turn_angles(rotary, step)[0].chunk(2, -1)
+    if not torch.equal(first, second):
+        raise NotApplicableError(
+            'this rotary embedding turns neighbouring channels, which is not known here; use on_evict="rebuild".'
         )
 
 

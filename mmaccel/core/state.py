@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import copy
+from typing import Any, Self, TypeVar
 
 __all__ = ["State"]
 
@@ -21,3 +22,9 @@ class State:
         if state is None:
             state = self._state[kind] = kind()
         return state
+
+    def copy(self) -> Self:
+        """The same objects once more, one level deep: what they refer to is shared."""
+        twin = type(self)()
+        twin._state = {kind: copy.copy(state) for kind, state in self._state.items()}
+        return twin

@@ -14,7 +14,11 @@ _stream: ContextVar[Stream | None] = ContextVar("mmaccel_stream", default=None)
 
 
 class Stream(State):
-    """The memory of one stream; methods keep their own state in it, by class. Several streams never meet."""
+    """The memory of one stream; methods keep their own state in it, by class. Several streams never meet.
+
+    A session works on a `copy` and keeps it only if the frame was taken. So what a state object refers to is replaced,
+    never changed in place; one that cannot do so has a `__copy__` that copies it.
+    """
 
     def clear(self) -> None:
         """Forget everything, as after a cut to another scene."""

@@ -9,6 +9,7 @@ import torch
 
 from mmaccel.core.rolling import Block, RollingPrefill
 from mmaccel.errors import MethodError, StreamError
+from mmaccel.session.settings import is_number, is_whole
 from mmaccel.tokens import evict as evicting
 
 __all__ = ["Budget", "Evict"]
@@ -24,14 +25,14 @@ class Budget:
     """
 
     def __init__(self, max_tokens: Any, evict: Any, slack: Any) -> None:
-        whole = isinstance(max_tokens, int) and not isinstance(max_tokens, bool)
-        if max_tokens is not None and not (whole and max_tokens >= 1):
+        if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
             raise MethodError(f"max_tokens must be a whole number of visual tokens or None, not {max_tokens!r}.")
         if evict not in get_args(Evict):
             raise MethodError(f"evict must be one of {', '.join(get_args(Evict))}, not {evict!r}.")
-        if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0 <= slack < 1:
+        if not is_number(slack) or not 0 <= slack < 1:
             raise MethodError(f"slack must be a fraction in [0, 1), not {slack!r}.")
-        self._most, self._slack, self._weighs = max_tokens, slack, evict == "least-salient" and max_tokens is not None
+        self._most, self._slack = None if max_tokens is None else int(max_tokens), float(slack)
+        self._weighs = evict == "least-salient" and max_tokens is not None
         self._mean: torch.Tensor | None = None
         self._count = 0
         self.evicted = self.evictions = 0
@@ -53,8 +54,8 @@ class Budget:
         salience[block.visual] = evicting.unlike_mean(x, self._mean)
         return replace(block, salience=salience)
 
-    def make_room(self, held: RollingPrefill, new: int) -> None:
-        """Evict from `held` until `new` more visual tokens fit.
+    def make_room(self, held: RollingPrefill, new: int, head: int) -> None:
+        """Evict from `held` until `new` more visual tokens fit; the first `head` blocks are not of the stream.
 
         Raises:
             StreamError: they never will.
@@ -82,6 +83,10 @@ class Budget:
         else:
             for number in shown[: evicting.oldest([sizes[number] for number in shown], surplus)]:
                 keeps[number] = torch.zeros_like(blocks[number].visual)
+        # what methods have left nothing of but its text goes with the frames around it
+        staying = (n for n in shown if keeps[n] is None or bool(keeps[n][blocks[n].visual].any()))  # type: ignore[index]
+        for number in range(head, next(staying, len(blocks))):
+            keeps[number] = torch.zeros_like(blocks[number].visual)
         held.keep(keeps)
         self.evicted += before - held.tokens
         self.evictions += 1

@@ -73,7 +73,7 @@ def seconds_of(time: Any) -> float:
     """
     try:
         value = float(time)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise StreamError(f"time must be a number of seconds, not {time!r}.") from error
     if not math.isfinite(value):
         raise StreamError(f"time must be a finite number of seconds, not {time!r}.")
@@ -147,8 +147,32 @@ class Feeder:
         return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
 
     def encode(self, arguments: dict[str, torch.Tensor]) -> Any:
-        """What the model's own video encoder makes of it."""
-        return getattr(self._root, self._method)(**arguments, return_dict=True)
+        """What the model's own video encoder makes of it.
+
+        Raises:
+            StreamError: it cannot take pictures of this size.
+        """
+        try:
+            return getattr(self._root, self._method)(**arguments, return_dict=True)
+        except (ValueError, RuntimeError) as error:
+            if self._fits(arguments):
+                raise
+            raise StreamError(
+                f"this {type(self._processor).__name__} makes pictures that the encoder cannot take ({error}); "
+                "pass the model's own processor."
+            ) from error
+
+    def _fits(self, arguments: dict[str, torch.Tensor]) -> bool:
+        """Whether pictures are of the size that the encoder's config states, as far as it states one."""
+        pixels, vision = arguments.get("pixel_values_videos"), self._root.config.vision_config
+        if pixels is None:
+            return True
+        if pixels.dim() == 2:
+            sizes = (getattr(vision, name, None) for name in ("in_channels", "temporal_patch_size", "patch_size"))
+            channels, frames, side = (size if isinstance(size, int) else 0 for size in sizes)
+            return not channels * frames * side or pixels.shape[-1] == channels * frames * side**2
+        side = getattr(vision, "image_size", None)
+        return not isinstance(side, int) or tuple(pixels.shape[-2:]) == (side, side)
 
     def _pieces(self, question: str) -> tuple[list[int], list[int]]:
         processor = self._processor

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     number: int
     seconds: float
-    clock: int
+    clock: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Group:
     block: Block
     closing: torch.Tensor
     made: int
-    clock: int
+    clock: float
     counts: tuple[tuple[str, int, int], ...]
 
 
@@ -107,7 +107,7 @@ class Groups:
         clock = self._site.clock(place.number, place.seconds)
         gap = None if clock is None else clock - place.clock
         closing = features[int(offsets[-1]) + 1 :]
-        return Group(self._block(item, cells, gap), closing, len(offsets), clock or 0, tuple(counts))
+        return Group(self._block(item, cells, gap), closing, len(offsets), clock or 0.0, tuple(counts))
 
     def _grid(self, encoded: Encoded, item: Item, made: int) -> GridLayout:
         room = int(item.placeholders.sum())
@@ -139,7 +139,7 @@ class Groups:
             counts.append((method.info.name, len(x), len(cells.cell)))
         return cells, counts
 
-    def _block(self, item: Item, cells: _Cells, gap: int | None) -> Block:
+    def _block(self, item: Item, cells: _Cells, gap: float | None) -> Block:
         """The tokens of a group and the text around them, such as a time stamp."""
         where = item.placeholders.nonzero().squeeze(1)
         lead, trail = item.ids[: int(where[0])], item.ids[int(where[-1]) + 1 :]
@@ -151,7 +151,9 @@ class Groups:
         else:
             y, x = cells.cell // W % H, cells.cell % W
             inside = torch.stack([cells.cell // (H * W), y, x])
-            extent = int(torch.maximum(y, x).max()) + 1 if self._compact else max(H, W)
+            extent = max(H, W)
+            if self._compact:
+                extent = int(torch.maximum(y, x).max()) + 1 if M else 0
         words = torch.arange(len(lead) + len(trail), device=device).expand(axes, -1)
         offset = torch.cat([words[:, : len(lead)], inside + len(lead), words[:, len(lead) :] + extent], 1)
         embeds = torch.cat([self._table(lead), cells.features, self._table(trail)])

@@ -14,7 +14,7 @@ from mmaccel.targets import Target
 
 __all__ = ["Shared", "check_streams"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a session that nobody has any more leaves whenever memory is collected
 _open: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import time as clocks
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
 
 import torch
 
@@ -23,7 +26,9 @@ from mmaccel.session.answer import Answer, StreamStats
 from mmaccel.session.budget import Budget, Evict
 from mmaccel.session.frames import Feeder, Picture, picture_of, seconds_of
 from mmaccel.session.groups import Group, Groups, Place
+from mmaccel.session.settings import is_whole, rate_of
 from mmaccel.session.sharing import Shared, check_streams
+from mmaccel.session.sources import Sources
 from mmaccel.targets import resolve
 
 __all__ = ["StreamSession", "stream"]
@@ -32,6 +37,20 @@ OnEvict = Literal["rotate", "rebuild"]
 
 _PLACE = "on each frame of a stream"
 _LATENCIES = 2048  # groups over which latency is told
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _alone(method: Callable[Concatenate[StreamSession, P], T]) -> Callable[Concatenate[StreamSession, P], T]:
+    """One call at a time, whichever thread it comes from."""
+
+    @functools.wraps(method)
+    def locked(self: StreamSession, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 def stream(
@@ -83,7 +102,7 @@ def stream(
 
 
 class StreamSession:
-    """One stream; made by `stream`. For one thread at a time; several sessions may run in several threads."""
+    """One stream; made by `stream`. A thread may push while another asks: each call waits for the one before it."""
 
     def __init__(
         self, model: Any, methods: Iterable[Any], *, processor: Any, budget: Budget, on_evict: OnEvict, fps: float,
@@ -91,7 +110,7 @@ class StreamSession:
     ) -> None:  # fmt: skip
         if on_evict not in get_args(OnEvict):
             raise MethodError(f"on_evict must be one of {', '.join(get_args(OnEvict))}, not {on_evict!r}.")
-        self._fps, self._budget = _rate(fps), budget
+        self._fps, self._budget, self._lock = rate_of(fps), budget, threading.RLock()
         given = list(methods)
         wanted = arrange(normalise(given)) if given else []
         target = resolve(model)
@@ -99,7 +118,7 @@ class StreamSession:
         self._site: Any = target.site
         self._feeder = Feeder(self._site, processor, prompt)
         if budget.limited and on_evict == "rotate":
-            check_rotary(getattr(self._site.language_model, "rotary_emb", None))
+            check_rotary(getattr(self._site.language_model, "rotary_emb", None), self._site.rotary_axes)
         rebuild = budget.limited and on_evict == "rebuild"
         self._held = RollingPrefill(self._site.language_model, self._site.rotary_axes, rebuild=rebuild)
         self._memory = Stream()
@@ -110,7 +129,12 @@ class StreamSession:
         self._counted: tuple[float, int] | None = None
         self._frames = self._late = self._groups = self._made = 0
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
+        self._cut = False
+        self._sources = Sources()
         self._shared: Shared | None = Shared.join(target, wanted)
+        # a session that is dropped without being closed must not leave its methods on the model for good
+        self._leave = weakref.finalize(self, self._shared.leave)
+        self._leave.atexit = False
         self._report = self._shared.report
         self._maker = Groups(self._site, self._feeder, wanted, self._report)
         try:
@@ -120,11 +144,11 @@ class StreamSession:
             self.close()
             raise
 
+    @_alone
     def close(self) -> None:
         """End the session; methods go from the model with the last session that has them. May be called twice."""
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.leave()
+        self._shared = None
+        self._leave()
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +156,7 @@ class StreamSession:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    @_alone
     def push(self, frame: Any, time: float | None = None) -> bool:
         """Read one frame; False if it was dropped, and counted, because it is not later than the one before.
 
@@ -150,12 +175,13 @@ class StreamSession:
         self._check_open()
         picture = picture_of(frame)
         at, counted = self._time(picture, time)
+        self._cut = self._cut or picture.cut
         if self._frames and at <= self._last:
             self._late += 1
             return False
-        if self._waiting and (picture.cut or self._waiting[-1][0].pixels.shape != picture.pixels.shape):
+        if self._waiting and (self._cut or self._waiting[-1][0].pixels.shape != picture.pixels.shape):
             self._take(self._filled())
-        if picture.cut:
+        if self._cut:
             self._memory.clear()
         self._first = self._first if self._frames else at
         waiting = [*self._waiting, (picture, at)]
@@ -164,41 +190,48 @@ class StreamSession:
         else:
             self._waiting = waiting
         self._frames += 1
-        self._last, self._counted, self._flushed = at, counted, None
+        self._last, self._counted, self._flushed, self._cut = at, counted, None, False
         return True
 
     def follow(self, source: Any, *, fps: float | None = None, frames: int | None = None) -> int:
         """Push frames of `source` until it ends, or until `frames` were taken; how many that were.
 
-        source: what `open_stream` gives, inside its with-block; or an iterable of frames; or a path or URL, which is
-        opened. fps: frames a second, taken from a path or URL, or told of an iterable of frames without times.
+        source: what `open_stream` gives, inside its with-block; what `load_video` gives; an iterable of frames; or a
+        path or URL, which is opened. fps: frames a second, taken from a path or URL, or told of an iterable of frames
+        without times.
+
+        A path is read from its beginning. Where a source with a clock of its own begins at a time that has passed
+        already, as a second file does, it goes on 1 / fps after the last frame, as behind an interruption.
 
         Raises:
-            StreamError, NonFiniteError: as `push`. VideoError: the source fails.
+            StreamError, NonFiniteError: as `push`. VideoError: the source fails. MethodError: fps or frames is out of
+            range.
         """
         self._check_open()
-        rate = None if fps is None else _rate(fps)
+        rate = None if fps is None else rate_of(fps)
+        if frames is not None and not (is_whole(frames) and frames >= 0):
+            raise MethodError(f"frames must be a whole number or None, not {frames!r}.")
         if isinstance(source, str) or hasattr(source, "__fspath__"):
             from mmaccel.codecs import open_stream
 
             with open_stream(source, fps=rate, drop="block") as live:
-                return self.follow(live, frames=frames)
-        if not isinstance(source, Iterable):
-            raise StreamError(f"a {type(source).__name__} gives no frames; give a path, or an iterable of frames.")
+                return self.follow(live, fps=rate, frames=frames)
+        coming, over = self._sources.frames(source), object()
         before, taken = self._fps, 0
         self._set_rate(before if rate is None else rate)
         try:
-            coming, over = iter(source), object()
             # no frame is drawn beyond the last that is wanted: a live source would lose it
             while frames is None or taken < frames:
                 frame = next(coming, over)
                 if frame is over:
                     break
-                taken += self.push(frame)
+                last = self._last if self._frames else None
+                taken += self.push(self._sources.timed(frame, source, last, 1 / self._fps))
         finally:
             self._set_rate(before)
         return taken
 
+    @_alone
     @torch.no_grad()
     def ask(self, question: str, *, max_new_tokens: int = 128, logits: bool = False) -> Answer:
         """Answer a question about what has been seen, greedily; the stream is left as it was.
@@ -212,7 +245,7 @@ class StreamSession:
         self._check_open()
         if not self._frames:
             raise StreamError("there is no frame yet; push one before you ask.")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise MethodError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}.")
         began = clocks.perf_counter()
         tail = [self._maker.text(self._feeder.question(question))]
@@ -222,7 +255,7 @@ class StreamSession:
         if len(last.closing):
             tail.insert(0, self._maker.plain(last.closing))
         with self._held.aside():
-            if pending is not None:
+            if pending is not None and len(pending.block):
                 self._held.extend([self._near(pending.block)])
             self._check_length(sum(map(len, tail)) + max_new_tokens - 1, "the question with its answer")
             ids, rows = self._decode(self._held.extend(tail), max_new_tokens)
@@ -230,6 +263,7 @@ class StreamSession:
         text, seconds = self._feeder.text(ids), clocks.perf_counter() - began
         return Answer(text, tuple(ids), seen, seconds, torch.cat(rows) if logits else None)
 
+    @_alone
     def stats(self) -> StreamStats:
         """What has happened so far; also after the session was closed."""
         took = sorted(self._latencies) or [0.0]
@@ -263,22 +297,22 @@ class StreamSession:
     def _take(self, frames: list[tuple[Picture, float]]) -> None:
         """Encode a full group, and have the language model read it; nothing waits any more."""
         began = clocks.perf_counter()
-        try:
-            group = self._maker.group(frames, self._place(frames), self._memory)
-        except BaseException:
-            self._memory.clear()  # what methods remember may be half of this frame
-            raise
+        memory = self._memory.copy()
+        group = self._maker.group(frames, self._place(frames), memory)
         with self._whole():
-            self._budget.make_room(self._held, group.block.tokens)
+            self._budget.make_room(self._held, group.block.tokens, self._head)
             block = self._near(group.block)
             self._check_length(block.advance, "this frame", block.gap or 0)
-            self._held.extend([self._budget.weigh(block)])
-        self._waiting, self._last_group = [], group
+            if len(block):
+                self._held.extend([self._budget.weigh(block)])
+        self._waiting, self._last_group, self._memory = [], group, memory
         self._groups += 1
         self._made += group.made
         for name, tokens_in, tokens_out in group.counts:
             self._report.count(name, _PLACE, tokens_in, tokens_out)
-        self._latencies.append(clocks.perf_counter() - began)
+        took = clocks.perf_counter() - began
+        self._latencies.append(took)
+        self._report.spend("frames of a stream", took)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -293,7 +327,7 @@ class StreamSession:
 
     def _place(self, frames: list[tuple[Picture, float]]) -> Place:
         last = self._last_group
-        return Place(self._groups, frames[0][1] - self._first, 0 if last is None else last.clock)
+        return Place(self._groups, frames[0][1] - self._first, 0.0 if last is None else last.clock)
 
     def _filled(self) -> list[tuple[Picture, float]]:
         missing = self._site.frames_at_once - len(self._waiting)
@@ -305,9 +339,9 @@ class StreamSession:
             return None
         if self._flushed is None:
             frames = self._filled()
-            self._flushed = self._maker.group(frames, self._place(frames), copy.deepcopy(self._memory))
+            self._flushed = self._maker.group(frames, self._place(frames), self._memory.copy())
         with self._whole():
-            self._budget.make_room(self._held, self._flushed.block.tokens)
+            self._budget.make_room(self._held, self._flushed.block.tokens, self._head)
         return self._flushed
 
     def _decode(self, hidden: torch.Tensor, most: int) -> tuple[list[int], list[torch.Tensor]]:
@@ -333,12 +367,17 @@ class StreamSession:
         return replace(block, gap=1)
 
     @property
+    def _head(self) -> int:
+        """Blocks that come before the video."""
+        return int(bool(self._feeder.before))
+
+    @property
     def _limit(self) -> int | None:
         return getattr(self._site.language_model.config, "max_position_embeddings", None)
 
-    def _check_length(self, more: int, what: str, gap: int = 0) -> None:
+    def _check_length(self, more: int, what: str, gap: float = 0) -> None:
         limit = self._limit
-        length = max(self._held.next + more, self._held.end + gap)
+        length = max(self._held.next + more, self._held.end + int(gap))
         if limit is not None and length > limit:
             raise StreamError(
                 f"{what} would make a sequence of {length} positions, and this model was made for {limit}; give a "
@@ -354,9 +393,3 @@ class StreamSession:
 def _ends(model: Any) -> set[int]:
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return set() if found is None else set(found) if isinstance(found, (list, tuple)) else {int(found)}
-
-
-def _rate(fps: Any) -> float:
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
-        raise MethodError(f"fps must be a positive number, not {fps!r}.")
-    return float(fps)

@@ -88,3 +88,12 @@ def test_embeddings_that_change_with_the_length_are_refused(kind):
         check_rotary(language_model.rotary_emb)
     with pytest.raises(NotApplicableError, match=r"no rotary embeddings.*rebuild"):
         check_rotary(None)
+
+
+def test_embeddings_that_pair_neighbours_are_refused():
+    from transformers import CohereConfig
+    from transformers.models.cohere.modeling_cohere import CohereRotaryEmbedding
+
+    rotary = CohereRotaryEmbedding(CohereConfig(hidden_size=64, num_attention_heads=4))
+    with pytest.raises(NotApplicableError, match="neighbouring channels"):
+        check_rotary(rotary)
