@@ -58,6 +58,18 @@ def _joined(linear: Any) -> list[Map]:
     return [_third(linear, i, linear.weight if plain else None, linear.bias if plain else None) for i in range(3)]
 
 
+def _only(block: nn.Module, parts: dict[str, str]) -> None:
+    """Raise unless the submodules at the paths in `parts` hold nothing but what is named there."""
+    for path, names in parts.items():
+        module = block.get_submodule(path)
+        held = {name for name, _ in module.named_children()} | {name for name, _ in module.named_parameters("", False)}
+        if others := held - set(names.split()):
+            raise AdapterError(
+                f"{type(module).__name__} holds {', '.join(sorted(others))}, and mmaccel does not know what it does "
+                "with that; it takes apart blocks with plain softmax attention."
+            )
+
+
 def _itself(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -123,6 +135,13 @@ def _timm(block: Any) -> Block:
     attention = block.attn
     if getattr(attention, "gate", None) is not None:
         raise AdapterError("this timm model has gated attention, whose gate depends on the query; it is not supported.")
+    _only(
+        block,
+        {
+            "": "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2",
+            "attn": "qkv q_norm k_norm attn_drop norm proj proj_drop",
+        },
+    )
     heads = attention.num_heads
     query, key, value = _joined(attention.qkv)
     return Block(
@@ -141,6 +160,7 @@ def _timm(block: Any) -> Block:
 
 def _open_clip(block: Any) -> Block:
     attention = block.attn
+    _only(block, {"": "ln_1 attn ls_1 ln_2 mlp ls_2", "attn": "in_proj_weight in_proj_bias out_proj"})
     heads = attention.num_heads
     parts = [_third(None, i, attention.in_proj_weight, attention.in_proj_bias) for i in range(3)]
     return Block(

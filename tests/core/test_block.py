@@ -170,3 +170,38 @@ def test_what_cannot_be_taken_apart_is_refused():
     vit.blocks = torch.nn.Sequential()
     with pytest.raises(AdapterError, match="no blocks"):
         VisionModel(vit).encoder()
+
+
+def with_attention(**more):
+    block = open_clip.transformer.ResidualAttentionBlock(32, 2)
+    block.attn = open_clip.transformer.Attention(32, 2, **more)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        (timm.models.vision_transformer.Block(32, 2, attn_layer="diff"), "lambda_q1"),
+        (with_attention(qk_norm=True), "ln_k, ln_q"),
+        (with_attention(scaled_cosine=True), "logit_scale"),
+        (open_clip.transformer.CustomResidualAttentionBlock(32, 2, scale_attn=True), "ln_attn"),
+        (torch.nn.ModuleDict(), "ModuleDict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attention_with_more_parts_than_are_known_is_refused(block, names):
+    with pytest.raises(AdapterError, match=names):
+        take_apart(block)
+
+
+def test_a_cross_attending_or_wrapped_block_is_refused():
+    class Scaled(timm.models.vision_transformer.Block):
+        def __init__(self):
+            super().__init__(32, 2)
+            self.ls0 = torch.nn.Parameter(torch.ones(32))
+
+    with pytest.raises(AdapterError, match="Scaled holds ls0"):
+        take_apart(Scaled())
+    cross = open_clip.transformer.ResidualAttentionBlock(32, 2, is_cross_attention=True)
+    with pytest.raises(AdapterError, match="ln_1_kv"):
+        take_apart(cross)

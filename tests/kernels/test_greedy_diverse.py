@@ -8,7 +8,7 @@ from harness import DEVICE, DTYPES, covering, describe, gpu_only, strided
 
 from mmaccel import kernels
 from mmaccel.errors import MethodError, NotApplicableError
-from mmaccel.kernels.greedy_diverse import greedy_diverse, reference
+from mmaccel.kernels.greedy_diverse import cpu, greedy_diverse, reference
 from mmaccel.kernels.greedy_diverse import triton as on_gpu
 
 RULES = ["mmr", "dpp", "farthest"]
@@ -118,6 +118,40 @@ def naive_from(x, got, k, eligible):
         rest = [i for i in eligible if i not in picked]
         picked.append(max(rest, key=lambda i: -max(cosine(rows[i], rows[j]) for j in picked)))
     return picked
+
+
+@pytest.mark.parametrize("method", ["mmr", "farthest"])
+@pytest.mark.parametrize(("held", "ahead", "block"), [(1 << 24, 64, 1 << 22), (0, 64, 1), (300, 3, 100), (1, 1, 7)])
+def test_similarities_computed_ahead_change_no_choice(monkeypatch, method, held, ahead, block):
+    monkeypatch.setattr(cpu, "_HELD", held)
+    monkeypatch.setattr(cpu, "_AHEAD", ahead)
+    monkeypatch.setattr(cpu, "_BLOCK", block)
+    few = features(2, 9, 6)
+    shots = few[:, torch.arange(60) % 9] + 0.05 * features(2, 60, 6, seed=3)  # few kinds of tokens: guesses miss
+    for x, mask in ((features(2, 60, 6), None), (shots, some(2, 60)), (shots[:, :1], None), (shots[:, :2], None)):
+        scores = qualities(*x.shape[:2])
+        free = [[i for i in range(x.shape[1]) if mask is None or mask[b, i]] for b in range(len(x))]
+        k = torch.tensor([len(free[0]), 5])
+        got = lists(*greedy_diverse(x, k, method=method, scores=scores if method == "mmr" else None, mask=mask))
+        for b, wanted in enumerate(k.tolist()):
+            n = min(wanted, len(free[b]))
+            if method == "farthest" and len(free[b]) > 1:
+                assert got[b] == naive_from(x[b], got[b], n, free[b])
+            else:
+                assert got[b] == naive(x[b], n, method, scores[b], free[b], 0.5)
+
+
+def test_two_that_are_most_alone_begin_with_the_lower():
+    x = features(1, 400, 8, dtype=torch.float32)
+    x[0, 250], x[0, 70] = 0, 0
+    x[0, 250, 0], x[0, 70, 0], x[0, 70, 1] = 1, 1, 0.2
+    x[0, torch.arange(400)[None].ne(torch.tensor([[70], [250]])).all(0), :2] = 0
+    x[0, 300] = x[0, 301]
+    alone = cpu.alone(x, torch.ones(1, 400, dtype=torch.bool))
+    assert alone[0, 70] == alone[0, 250]
+    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
+    want = -(unit @ unit.mT).fill_diagonal_(-torch.inf).amax(1)
+    torch.testing.assert_close(alone[0].double(), want, atol=1e-6, rtol=0)
 
 
 SHAPES = covering(
@@ -331,7 +365,8 @@ def test_the_record_names_the_path_and_the_reason(on_triton, monkeypatch):
         with kernels.use("torch"):
             greedy_diverse(x, 2, method="farthest")
     paths = [(e.op, e.backend) for e in events]
-    assert paths == [("greedy_diverse", "triton"), ("pairwise_match", "torch"), ("greedy_diverse", "torch")]
+    nearest = [] if x.device.type == "cpu" else [("pairwise_match", "torch")]
+    assert paths == [("greedy_diverse", "triton"), *nearest, ("greedy_diverse", "torch")]
     with pytest.raises(NotApplicableError, match="per_round=2"):
         greedy_diverse(x, 2, scores=scores, per_round=2)
     with pytest.raises(NotApplicableError, match="float64"):

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 
 from mmaccel.errors import MethodError
-from mmaccel.kernels.dispatch import choose, no_triton
-from mmaccel.kernels.greedy_diverse import reference
+from mmaccel.kernels.dispatch import backend, choose, no_triton
+from mmaccel.kernels.greedy_diverse import cpu, reference
 from mmaccel.kernels.pairwise_match import pairwise_match
 
 __all__ = ["greedy_diverse"]
@@ -79,7 +79,10 @@ def greedy_diverse(
         counts = torch.minimum(counts, k.to(device=x.device, dtype=torch.int64)).clamp_min(0)
 
     if method == "farthest":
-        scores = -pairwise_match(x, x, mask=eligible, exclude_self=True)[1]
+        if x.device.type == "cpu" and backend() != "triton" and not torch.compiler.is_compiling():
+            scores = cpu.alone(x, eligible)
+        else:
+            scores = -pairwise_match(x, x, mask=eligible, exclude_self=True)[1]
     elif scores is None:
         scores = torch.ones((B, N), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     picks = torch.ops.mmaccel.greedy_diverse(x, scores, eligible, counts, K, method, float(balance), per_round)
@@ -150,6 +153,8 @@ def _run(
         from mmaccel.kernels.greedy_diverse import triton
 
         return triton.greedy_diverse(x, scores, eligible, counts, K, method, balance, _LARGEST)
+    if x.device.type == "cpu" and method != "dpp" and per_round == 1:
+        return cpu.marginal(x, scores, eligible, counts, K, method, balance)
     return reference.greedy_diverse(x, scores, eligible, counts, K, method, balance, per_round)
 
 

@@ -1,4 +1,4 @@
-"""The specification of `greedy_diverse`, and its path on a CPU: a loop over picks, all items in step."""
+"""The specification of `greedy_diverse`, and its path where nothing faster exists: a loop over picks."""
 
 from __future__ import annotations
 
