@@ -29,8 +29,9 @@ class ToMe(Method):
     by block -> the best pairs of two alternating sets -> merge into the mean, weighted by size -> order kept.
 
     The budget is `keep`, what is left of each image's patches behind the last block, or the paper's `r`, how many
-    tokens merge in each block. Either way it is a total (r times the number of blocks) that `schedule` spreads over the
-    blocks: "constant" evenly, "decreasing" linearly from twice the mean down to none, which saves more and loses more.
+    tokens merge in each block; a list of them says it block by block. Otherwise either is a total (r times the number
+    of blocks) that `schedule` spreads over the blocks: "constant" evenly, "decreasing" linearly from twice the mean
+    down to none, which saves more and loses more.
     A block merges at most half of its patches. What that forbids it is lost with r, as in the paper; with keep the
     other blocks make up for it, and the report notes a keep that halving in every block does not reach. keep=1.0 and
     r=0 are the unmodified model, bit for bit.
@@ -51,7 +52,10 @@ class ToMe(Method):
     """
 
     keep: float | int = knob(_KEEP, "fraction in (0, 1] or number of patches of each image left behind the last block")
-    r: int | None = knob(None, "tokens merged in each block, in place of keep", low=0)
+    r: int | tuple[int, ...] | str | None = knob(
+        None, 'tokens merged in each block, in place of keep; (16, 8, 8) or "16/8/8" gives each block its own, 0 to '
+        "blocks behind the list"
+    )  # fmt: skip
     schedule: Literal["constant", "decreasing"] = knob(
         "constant", "how the merges are spread over the blocks", choices=("constant", "decreasing")
     )
@@ -69,21 +73,49 @@ class ToMe(Method):
     streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.r, (tuple, list)):
+            object.__setattr__(self, "r", "/".join(map(str, self.r)))
         super().__post_init__()
+        listed = self._listed()
+        if min(listed or (self.r or 0,)) < 0:  # type: ignore[type-var]
+            raise MethodError(f'tome: r={self.r} is outside of its range; give numbers from 0, such as 16 or "16/8/8".')
+        if listed is not None and self.schedule != "constant":
+            raise MethodError(f"tome: r={self.r} says what each block merges, so there is no schedule to give.")
         if self.r is not None and self.keep != _KEEP:
             raise MethodError(f"tome: keep={self.keep} and r={self.r} both say how much is merged; give one of them.")
+
+    def _listed(self) -> list[int] | None:
+        """`r` of each block, where it is a list."""
+        if not isinstance(self.r, str):
+            return None
+        try:
+            return [int(part) for part in self.r.split("/")]
+        except ValueError:
+            return [-1]
 
     @property
     def neutral(self) -> bool:
         """keep=1.0, or r=0."""
+        listed = self._listed()
+        if listed is not None:
+            return not any(listed)
         return super().neutral if self.r is None else self.r == 0
 
     def merges(self, n: int, blocks: int, report: Report | None = None) -> list[int]:
         """How many tokens each of the `blocks` merges of an image of n patches.
 
         Raises:
-            MethodError: `keep` asks for more than n.
+            MethodError: `keep` asks for more than n, or `r` lists more blocks than there are.
         """
+        listed = self._listed()
+        if listed is not None:
+            if len(listed) > blocks:
+                raise MethodError(f"tome: r={self.r} lists {len(listed)} blocks, and {blocks} are used; shorten it.")
+            counts = []
+            for count in [*listed, *[0] * (blocks - len(listed))]:
+                counts.append(min(count, (n - sum(counts)) // 2))
+            return counts
+        assert not isinstance(self.r, (str, tuple))
         total = n - resolve_keep(self.keep, n) if self.r is None else self.r * blocks
         ramp = self.schedule == "decreasing" and blocks > 1
         weights = torch.arange(blocks, 0, -1) - 1 if ramp else torch.ones(blocks)

@@ -19,6 +19,7 @@ __all__ = ["FrameGroups", "MergedFrames", "frame_similarity", "merge_middles", "
 FrameGroups = list[list[tuple[int, float]]]
 
 _BYTES = 1 << 26
+_EPSILON = 1e-6  # a cosine of equal vectors in float32 is 1 but for this
 _ROUNDING = 1e-4  # similarities of copies differ by this much in low precision
 _CANDIDATES = 128
 
@@ -85,12 +86,13 @@ def segments(c: Sequence[Sequence[float]], threshold: float, *, ema: float = 0.9
     """Return the segments of a video as (start, stop).
 
     c: frame similarities. A frame is compared with the first one of its segment; the running mean of that, in which the
-    new value weighs `ema`, has to stay at `threshold` at least. A segment holds at most `longest` frames.
+    new value weighs `ema`, has to stay at `threshold` at least, but for rounding. A segment holds at most `longest`
+    frames.
     """
     cuts, start, mean = [], 0, 1.0
     for i in range(1, len(c)):
         mean = ema * c[start][i] + (1 - ema) * mean
-        if mean < threshold or (longest is not None and i - start + 1 > longest):
+        if mean < threshold - _EPSILON or (longest is not None and i - start + 1 > longest):
             cuts.append((start, i))
             start, mean = i, 1.0
     return [*cuts, (start, len(c))]

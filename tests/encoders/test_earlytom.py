@@ -98,6 +98,7 @@ def test_thresholds_at_the_ends():
     x = shot(8, 4, 6, 0.3)
     c = frame_similarity(x).tolist()
     assert segments(c, -1.0, longest=8) == [(0, 8)]
+    assert segments([[1 - 2e-7] * 8] * 8, 1.0) == [(0, 8)]  # copies, as rounding leaves them
     assert segments(c, 1.1) == [(t, t + 1) for t in range(8)]
     assert merge_middles(c, segments(c, 1.1)) == [[(t, 1.0)] for t in range(8)]
     assert segments(c, -1.0, longest=3) == [(0, 3), (3, 6), (6, 8)]

@@ -330,6 +330,8 @@ def test_batches_repeats_and_undo(tower):
         ({"r": 20}, [44, 24, 12, 6]),
         ({"r": 14}, [50, 36, 22, 11]),
         ({"r": 20, "schedule": "decreasing"}, [32, 16, 8, 8]),
+        ({"r": (9, 0, 4)}, [55, 55, 51, 51]),
+        ({"r": "30/1/99/2"}, [34, 33, 17, 15]),
         ({"keep": 0.5}, [56, 48, 40, 32]),
         ({"keep": 0.5, "schedule": "decreasing"}, [48, 37, 32, 32]),
         ({"keep": 30}, [55, 46, 38, 30]),
@@ -745,6 +747,10 @@ def test_flops_are_those_of_the_lengths():
         ({"r": 2.5}, "r must be"),
         ({"keep": 0}, "keeps nothing"),
         ({"keep": 1.5}, "outside"),
+        ({"r": (3, -1)}, "outside"),
+        ({"r": "3/a"}, "outside"),
+        ({"r": ""}, "outside"),
+        ({"r": (3, 1), "schedule": "decreasing"}, "no schedule"),
         ({"schedule": "linear"}, "none of 'constant', 'decreasing'"),
         ({"keep": 0.3, "r": 8}, "give one of them"),
     ],
@@ -762,6 +768,8 @@ def test_more_patches_than_there_are_names_the_nearest():
 
 def test_specs_and_targets():
     assert ToMe.preset("vit-large 384") == ToMe(r=23)
+    assert ToMe(r=[8, 4]).spec == "tome:r=8/4"
+    assert ToMe(r=[0, 0]).neutral
     assert ToMe(r=8, schedule="decreasing").spec == "tome:r=8;schedule=decreasing"
     with pytest.raises(NotApplicableError, match=r"holitom works on video-lm.*methods that fit:.*\btome\b"):
         mmaccel.accelerate(vit(), HoliTom())
