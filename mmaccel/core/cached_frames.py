@@ -22,9 +22,9 @@ class Rule:
     computed whole when the mean similarity of its keys in the first block is below this; None never. share: the share
     of a frame's rows that is renewed in each block, those least similar; None renews all whose similarity is not above
     `similarity`. changes(video, frames, rows, columns) -> float [frames, rows * columns] in [0, 1]: how far each patch
-    of a video of the call has changed since the frame before; with it similarity is 1 - the change since the reference
-    (added up, 1 at most), the same in every block, and tokens that are no patches are renewed first. None: similarity
-    is the cosine of keys.
+    of a video of the call has changed since the frame before; with it similarity is 1 - the change since the reference,
+    added up, the same in every block, and tokens that are no patches are renewed first. None: similarity is the cosine
+    of keys.
     """
 
     interval: int | None
@@ -100,11 +100,14 @@ class Frames:
         return flat[self.start : self.start + self.frames * self.tokens].unflatten(0, (self.frames, self.tokens))
 
     def likeness(self, frame: int, reference: int, held: Held | None) -> torch.Tensor:
-        """float32 [tokens] in [0, 1]: 1 - the change of a frame since `reference`, -1 for the one that is held."""
+        """float32 [tokens]: 1 - the change of a frame since `reference`, which is -1 for the one that is held.
+
+        Changes add up beyond 1, or what has changed often could not be told from what has changed once.
+        """
         assert self.changed is not None
         change = self.changed[frame]
         if reference >= 0:
             change = change - self.changed[reference]
         elif held is not None and held.change is not None:
             change = change + held.change
-        return 1 - change.clamp(0, 1).float()
+        return 1 - change.float()

@@ -263,7 +263,7 @@ class _Call:
         group.reference = [place[references[frame]] for frame in group.reusing]
         if group.changed is not None and group.reusing:
             likeness = torch.stack([group.likeness(frame, references[frame], held) for frame in group.reusing])
-            likeness[:, : self.encoder.prefix] = -1
+            likeness[:, : self.encoder.prefix] = -torch.inf
             group.renewed = self._renewed(likeness).to(hidden.device)
         self.counts.whole += len(group.whole)
         self.counts.reusing += len(group.reusing)
@@ -284,7 +284,7 @@ class _Call:
 
     def _given_likeness(self, group: Frames, cut: float, held: Held | None) -> Callable[[int, int], bool]:
         def like(frame: int, reference: int) -> bool:
-            return bool(group.likeness(frame, reference, held)[self.encoder.prefix :].mean() >= cut)
+            return bool(group.likeness(frame, reference, held)[self.encoder.prefix :].clamp_min(0).mean() >= cut)
 
         return like
 

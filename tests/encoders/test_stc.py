@@ -241,12 +241,9 @@ def naive(blocks, frames, choose, interval, *, rotary=None, windows=None, cut=No
         new = reference is None or (interval is not None and age >= interval)
         pick = choose
         if given is not None and not new:
-            likes = [
-                -1.0 if row[0] is None else 1 - min(1.0, sum(row))
-                for row in zip(*given[t - age + 1 : t + 1], strict=True)
-            ]
+            likes = [-1e6 if row[0] is None else 1 - sum(row) for row in zip(*given[t - age + 1 : t + 1], strict=True)]
             pick = lambda _key, _old, likes=likes: choose.of(likes)  # noqa: E731
-            shown = [like for like, row in zip(likes, given[t], strict=True) if row is not None]
+            shown = [max(0.0, like) for like, row in zip(likes, given[t], strict=True) if row is not None]
             new = cut is not None and sum(shown) / len(shown) < cut
         elif not new and cut is not None:
             key = parts[0].qkv(parts[0].norm1(h))[1]
