@@ -68,7 +68,8 @@ class STC(GridReducer):
     codec of the file says (`mmaccel.codecs.using_signals`): known before the encoder runs, and the same rows in every
     block; class and register tokens always come first. On a stream the signals are those of the frames of a call, and
     the first entry is the change since the frame that the stream was given before (codec signals of a file have 1
-    there, so give changes [frames, rows, columns]). The pruner goes by features in any case.
+    there, so give changes [frames, rows, columns]). The pruner goes by features in any case. In
+    `benchmarks/codecs/reuse.toml` the codec's choice of rows is no better than chance, and keys are far ahead.
 
     Differs from the authors' code: keys are projected once where theirs are twice; the reference's age counts from
     the last whole frame, so that a frame renewed by `scene_cut` (off by default, inferred) starts a new interval; the
