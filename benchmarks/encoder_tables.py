@@ -175,10 +175,10 @@ def equal_flops(rows: list[Row], _everything: bool) -> str:
         line = [f"`{name}`{mark(name)}"]
         for row in leaders:
             against = at_equal_cost(row["flops"], _hits(rows, row["spec"]), curves[name], clips)
-            if against.difference is None:
+            if against is None:
                 line.append(f"from {percent(curves[name].costs[0] / dense['flops'])}")
             else:
-                line.append(points(against.difference.as_dict()))
+                line.append(points(against.as_dict()))
         lines.append(line)
     heads = ["against"] + [f"`{row['spec']}`, {percent(row['flops'] / dense['flops'])}" for row in leaders]
     caption = (

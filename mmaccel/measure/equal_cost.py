@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mmaccel.measure.quality import Interval
 
-__all__ = ["Against", "Curve", "at_equal_cost"]
+__all__ = ["Curve", "at_equal_cost"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +49,12 @@ class Curve:
         return (1 - share) * np.asarray(self.hits[above - 1]) + share * np.asarray(self.hits[above])
 
 
-@dataclass(frozen=True)
-class Against:
-    """How far a setting is ahead of a method at the setting's own cost; None where the method always costs more."""
-
-    cost: float
-    difference: Interval | None
-
-
-def at_equal_cost(cost: float, hits: np.ndarray, rival: Curve, groups: np.ndarray, *, samples: int = 10_000) -> Against:
+def at_equal_cost(
+    cost: float, hits: np.ndarray, rival: Curve, groups: np.ndarray, *, samples: int = 10_000
+) -> Interval | None:
     """Compare a setting, with its cost and hits [n], with what `rival` answers at that cost; paired, clips are drawn.
 
-    groups [n]: which questions belong together.
+    groups [n]: which questions belong together. None where the rival always costs more.
     """
     other = rival.at(cost)
-    return Against(cost, None if other is None else bootstrap_difference(hits, other, groups, samples=samples))
+    return None if other is None else bootstrap_difference(hits, other, groups, samples=samples)

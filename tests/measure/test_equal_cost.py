@@ -29,12 +29,12 @@ def test_settings_of_one_cost_are_no_division_by_zero():
 def test_the_difference_is_paired_and_draws_clips():
     curve = Curve([10, 20], [LOW, HIGH])
     hits, clips = np.array([1, 1, 0, 1.0]), np.array([0, 0, 1, 1])
-    found = at_equal_cost(15, hits, curve, clips).difference
+    found = at_equal_cost(15, hits, curve, clips)
     each = (hits - np.array([1, 0.5, 0.5, 1])).reshape(2, 2).sum(1)
     drawn = [sum(each[i] for i in pick) / 4 for pick in itertools.product(range(2), repeat=2)]
     assert found.value == pytest.approx(0.0)
     assert (found.low, found.high) == (min(drawn), max(drawn))
-    assert at_equal_cost(5, hits, curve, clips).difference is None
+    assert at_equal_cost(5, hits, curve, clips) is None
 
 
 @pytest.mark.parametrize(
