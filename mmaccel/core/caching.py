@@ -278,6 +278,12 @@ class _Call:
         else:
             patches = group.tokens - self.encoder.prefix
             h, w = patch_grid(self.size, patches) if self.shapes is None else self.shapes[0].tolist()
+            mixed = self.shapes is not None and bool((self.shapes != self.shapes[0]).any())
+            if mixed or h * w != patches:
+                raise NotApplicableError(
+                    "changes cannot be laid over frames of different shapes, or filled up to a number of patches; use "
+                    "temporal=features."
+                )
             each = group.frames // self.videos
             maps = torch.cat([changes(video, each, h, w) for video in range(self.videos)])
         return in_block_order(self.encoder, maps.double(), (h, w), self.grids, number).cumsum(0)

@@ -715,6 +715,24 @@ def test_frames_of_different_shapes_in_one_batch_do_not_reuse_each_other():
     assert handle.report().events["stc frames encoded whole"] == 2
 
 
+@pytest.mark.parametrize("sizes", [[[4, 4], [2, 8]], [[3, 4], [3, 4]]])
+def test_changes_are_refused_where_the_patches_have_no_common_grid(sizes):
+    torch.manual_seed(0)
+    net = transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**SMALL, patch_size=4, num_patches=16)
+    ).eval()
+    shapes, mask = torch.tensor(sizes), torch.ones(2, 16, dtype=torch.long)
+    if sizes[0] == [3, 4]:
+        mask[:, 12:] = 0
+
+    def run(x):
+        return net(x, mask, shapes)
+
+    refused = pytest.raises(NotApplicableError, match="different shapes, or filled up")
+    with mmaccel.accelerate(net, "stc:temporal=codec;interval=none"), using_signals(torch.rand(2, 4, 4)), refused:
+        encode(run, torch.randn(2, 16, 48))
+
+
 def test_a_call_that_raises_leaves_the_stream_as_it_was(tower):
     net, run = tower("siglip")
     frames = clip(4)
