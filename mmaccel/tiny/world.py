@@ -27,6 +27,7 @@ __all__ = [
     "Clip",
     "Question",
     "Thing",
+    "apart",
     "coverage",
     "encode",
     "frame_times",
@@ -35,6 +36,8 @@ __all__ = [
     "sample_clip",
     "sample_crowd",
     "sample_questions",
+    "shade_of",
+    "texture",
 ]
 
 SIZE = 128
@@ -135,6 +138,12 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random())
 
 
+def shade_of(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
+    """Draw an exact shade, RGB in 0..255, of a named color."""
+    red, green, blue = (min(255, max(0, c + int(_between(rng, -10, 11)))) for c in COLORS[color])
+    return red, green, blue
+
+
 def _sample_thing(rng: np.random.Generator, color: str) -> Thing:
     last = FRAMES - 1
     # Half of the objects are seen in three or four of the eight frames: what is brief is what careless reduction loses.
@@ -159,13 +168,12 @@ def _sample_thing(rng: np.random.Generator, color: str) -> Thing:
     x = _between(rng, margin, SIZE - margin - abs(dx) * path)
     y = _between(rng, margin, SIZE - margin - abs(dy) * path)
     center = (x + path if dx < 0 else x, y + path if dy < 0 else y)
-    rgb = COLORS[color]
-    shade = tuple(min(255, max(0, c + int(_between(rng, -10, 11)))) for c in rgb)
+    shade = shade_of(rng, color)
     return Thing(
         color=color,
         shape=_pick(rng, SHAPES),
         direction=direction,
-        rgb=(shade[0], shade[1], shade[2]),
+        rgb=shade,
         radius=radius,
         center=center,
         velocity=(dx * step * last, dy * step * last),
@@ -174,7 +182,8 @@ def _sample_thing(rng: np.random.Generator, color: str) -> Thing:
     )
 
 
-def _apart(a: Thing, b: Thing) -> bool:
+def apart(a: Thing, b: Thing) -> bool:
+    """Whether two objects keep at least 4 pixels between their bounding boxes while both are visible."""
     for time in frame_times(2 * FRAMES - 1):
         if a.visible(time) and b.visible(time):
             (ax, ay), (bx, by) = a.at(time), b.at(time)
@@ -200,7 +209,7 @@ def sample_clip(index: int, split: str = "held-out") -> Clip:
         color = palette[int(rng.random() * len(palette))]
         for _ in range(40):
             thing = _sample_thing(rng, color)
-            if all(_apart(thing, other) for other in things):
+            if all(apart(thing, other) for other in things):
                 things.append(thing)
                 palette.remove(color)
                 break
@@ -216,7 +225,7 @@ def sample_crowd(index: int, wanted: int = 10) -> Clip:
     things: list[Thing] = []
     for _ in range(6 * wanted):
         thing = replace(_sample_thing(rng, _pick(rng, tuple(COLORS))), velocity=(0.0, 0.0), start=-1.0, end=2.0)
-        if len(things) < wanted and all(_apart(thing, other) for other in things):
+        if len(things) < wanted and all(apart(thing, other) for other in things):
             things.append(thing)
     width = 24 + int(rng.random() * 17)
     low = int(rng.random() * (SIZE - width))
@@ -234,7 +243,8 @@ def _upsample(grid: np.ndarray, axis: int, wrap: bool) -> np.ndarray:
     return np.moveaxis(out, 0, axis)
 
 
-def _texture(rng: np.random.Generator, knots: tuple[int, int], amplitude: float, wrap: bool = False) -> np.ndarray:
+def texture(rng: np.random.Generator, knots: tuple[int, int], amplitude: float, wrap: bool = False) -> np.ndarray:
+    """Smooth noise around 0, float64 [SIZE, SIZE, 3], from a random grid of `knots`; mostly gray."""
     grid = (rng.random((*knots, 3)) + 3.0 * rng.random((*knots, 1)) - 2.0) * (0.5 * amplitude)
     return _upsample(_upsample(grid, 0, wrap), 1, wrap)
 
@@ -242,8 +252,8 @@ def _texture(rng: np.random.Generator, knots: tuple[int, int], amplitude: float,
 def _backgrounds(clip: Clip, times: Sequence[float]) -> np.ndarray:
     """Background frames float64 [T, SIZE, SIZE, 3]."""
     rng = np.random.Generator(np.random.PCG64([clip.seed, 1]))
-    still = 105.0 + _texture(rng, (5, 5), 34.0) + _texture(rng, (33, 33), 26.0)
-    moving = 105.0 + _texture(rng, (16, 16), 46.0, wrap=True)
+    still = 105.0 + texture(rng, (5, 5), 34.0) + texture(rng, (33, 33), 26.0)
+    moving = 105.0 + texture(rng, (16, 16), 46.0, wrap=True)
     low, high = clip.band
     frames = np.repeat(still[None], len(times), axis=0)
     for frame, time in zip(frames, times, strict=True):
