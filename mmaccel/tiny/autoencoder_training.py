@@ -7,67 +7,110 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmaccel.tiny.encoder_training import cosine
 from mmaccel.tiny.progress import load_progress, save_progress
-from mmaccel.tiny.stories import FRAMES, render_story, sample_story, stage
+from mmaccel.tiny.stories import render_story, sample_story, stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["clip_pixels", "normalise", "train_autoencoder"]
+__all__ = ["clip_frames", "normalise", "pixel_values", "prepare", "train_autoencoder"]
 
 logger = logging.getLogger(__name__)
 
 _OBJECTS = 4.0
+_FIRST_LOGVAR = -4.0
 
 
-def clip_pixels(indices: list[int]) -> Tensor:
-    """Training clips as pixel values float32 [B, 3, FRAMES, WINDOW, WINDOW] in -1..1."""
-    frames = np.stack([render_story(stage(sample_story(index, "train"), index)) for index in indices])
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+def clip_frames(indices: Iterable[int]) -> Tensor:
+    """Training clips, uint8 [N, FRAMES, WINDOW, WINDOW, 3]."""
+    return torch.from_numpy(np.stack([render_story(stage(sample_story(n, "train"), n)) for n in indices]))
+
+
+def pixel_values(frames: Tensor) -> Tensor:
+    """Frames uint8 [..., T, H, W, 3] to float32 [..., 3, T, H, W] in -1..1."""
+    return frames.movedim(-1, -4).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def prepare(vae: Any) -> None:
+    """Start an autoencoder as a nearly linear map that loses little, or it learns shapes without colors for long.
+
+    Orthogonal convolutions that look at one frame (or mix two), residual branches and the last layer at zero, and a
+    posterior of one small width.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            continue
+        weight = module.weight
+        frames = 2 if "downsample" in name or "down_blocks" in name else 1
+        if weight.ndim == 4:
+            nn.init.orthogonal_(weight)
+        else:
+            weight.zero_()
+            for back in range(1, 1 + (frames if "time_conv" in name else 1)):
+                part = torch.empty(weight.shape[0], weight[:, :, -1].numel() // weight.shape[0])
+                weight[:, :, -back] = nn.init.orthogonal_(part).view_as(weight[:, :, -back]) / frames**0.5
+        if module.bias is not None:
+            module.bias.zero_()
+        if name.endswith((".conv2", "mid_block.attentions.0.proj", "decoder.conv_out")):
+            weight.zero_()
+    half = vae.quant_conv.weight.shape[0] // 2
+    vae.quant_conv.weight[half:] = 0
+    vae.quant_conv.bias[half:] = _FIRST_LOGVAR
 
 
 def train_autoencoder(
-    vae: Any, folder: Path, *, steps: int, seed: int, frames: int, batch: int = 8, kl: float = 2e-3, peak: float = 2e-3
+    vae: Any,
+    clips: Tensor,
+    path: Path,
+    *,
+    steps: int,
+    seed: int,
+    frames: int,
+    batch: int,
+    sampled: bool,
+    divergence: float = 2e-4,
+    peak: float = 3e-3,
 ) -> None:
-    """Train in place, resuming from `folder`: absolute error, colorful pixels counting more, and a little divergence.
+    """Train in place, resuming from `path`: absolute and squared error, colorful pixels counting more, and divergence.
 
-    `frames` of each clip are taken at a random place; 1 means images, for an autoencoder of images [B, 3, H, W].
+    `clips` uint8 as `clip_frames` gives them; `frames` of each are taken at a random place. An autoencoder of images
+    (4-D input) gets single frames. `sampled` draws latents from the posterior, otherwise its mean is taken.
     """
+    flat = isinstance(vae.encoder.conv_in, nn.Conv2d)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=1e-4)
     parts = {"model": vae, "optimizer": optimizer}
-    path = folder / "autoencoder.pt"
     begun = load_progress(path, parts)
     vae.train()
     for step in range(begun, steps):
-        cosine(optimizer, step, steps, peak, warmup=30)
-        rng = np.random.default_rng([seed, step])
+        cosine(optimizer, step, steps, peak, warmup=20)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        first = int(rng.integers(FRAMES - frames + 1))
-        pixels = clip_pixels(rng.integers(1_000_000, size=batch).tolist())[:, :, first : first + frames]
-        if frames == 1:
+        which = torch.randint(len(clips), (batch,), generator=generator)
+        first = torch.randint(clips.shape[1] - frames + 1, (batch,), generator=generator)
+        pixels = pixel_values(clips[which[:, None], first[:, None] + torch.arange(frames)])
+        if flat:
             pixels = pixels[:, :, 0]
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
-            latents = posterior.sample(generator)
+            latents = posterior.sample(generator) if sampled else posterior.mode()
             image = vae.decode(latents.to(pixels.dtype)).sample.float()
         spread = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
-        bright = pixels.mean(1, keepdim=True)
-        weight = 1.0 + (_OBJECTS - 1.0) * ((spread > 0.35) | (bright > 0.5)).float()
-        error = ((image - pixels).abs() * weight).mean()
+        weight = 1.0 + (_OBJECTS - 1.0) * ((spread > 0.35) | (pixels.mean(1, keepdim=True) > 0.5)).float()
+        difference = image - pixels
+        error = (weight * (difference.abs() + 0.5 * difference.square())).mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        apart = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         optimizer.zero_grad()
-        (error + kl * divergence).backward()
+        (error + divergence * apart).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step + 1 == steps:
-            with torch.no_grad():
-                noise = (image - pixels).square().mean()
-                peak_ratio = 10 * torch.log10(4.0 / noise)
-            logger.info("vae %d error %.4f kl %.3f psnr %.2f", step, error, divergence, peak_ratio)
+            ratio = 10 * torch.log10(4.0 / difference.detach().square().mean()).item()
+            logger.info("%s %d error %.4f kl %.3f psnr %.2f", path.stem, step, error.item(), apart.item(), ratio)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save_progress(path, step + 1, parts)
     vae.eval()

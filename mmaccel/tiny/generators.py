@@ -1,4 +1,4 @@
-"""The parts of the embedded generators, untrained: text-to-video in the Wan classes, class-to-image in the DiT classes."""
+"""The parts of the embedded generators, untrained, in the Wan classes (text to video) and DiT classes (class to image)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ __all__ = [
     "IMAGE_LABELS",
     "LATENT",
     "TEXT_LENGTH",
+    "image_pipeline",
     "image_scheduler",
     "image_transformer",
     "image_vae",
     "prompt_tokenizer",
     "text_encoder",
+    "video_pipeline",
     "video_scheduler",
     "video_transformer",
     "video_vae",
@@ -44,7 +46,7 @@ def _library() -> Any:
 
 
 def prompt_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing word-level tokenizer of the prompt language that ends each text with `</s>`, padding on the right."""
+    """A lower-casing word-level tokenizer of the prompt language; ends texts with `</s>` and pads on the right."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -52,9 +54,7 @@ def prompt_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
-    )
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -163,4 +163,18 @@ def image_scheduler() -> Any:
     """DPM-Solver++ with flow prediction."""
     return _library().DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, num_train_timesteps=1000
+    )
+
+
+def video_pipeline(vae: Any, tokenizer: Any, encoder: Any, transformer: Any) -> Any:
+    """The parts as a `WanPipeline`."""
+    return _library().WanPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=video_scheduler(), transformer=transformer
+    )
+
+
+def image_pipeline(vae: Any, transformer: Any) -> Any:
+    """The parts as a `DiTPipeline` that knows `IMAGE_LABELS`."""
+    return _library().DiTPipeline(
+        transformer=transformer, vae=vae, scheduler=image_scheduler(), id2label=dict(IMAGE_LABELS)
     )

@@ -1,7 +1,11 @@
-"""Training that can be stopped and resumed: one file a phase, replaced in one step."""
+"""Training that can be stopped and resumed, and folders that are replaced in one step."""
 
 from __future__ import annotations
 
+import copy
+import json
+import platform
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["load_progress", "save_progress"]
+__all__ = ["export_pipeline", "load_progress", "save_progress", "versions"]
 
 
 def save_progress(path: Path, step: int, parts: Mapping[str, Any]) -> None:
@@ -28,3 +32,33 @@ def load_progress(path: Path, parts: Mapping[str, Any]) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a training run stands on."""
+    import diffusers
+    import numpy
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def export_pipeline(pipe: Any, folder: Path, facts: Mapping[str, Any], card: str) -> None:
+    """Write a diffusers pipeline with float16 weights, `facts` as scores.json and a card, replacing what is there."""
+    fresh = folder.with_name(folder.name + ".new")
+    old = folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    copy.deepcopy(pipe).to(torch.float16).save_pretrained(fresh)
+    (fresh / "scores.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (fresh / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

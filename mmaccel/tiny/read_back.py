@@ -1,0 +1,76 @@
+"""Quality of generated clips and images: is the prompt read back by the video-QA model, how far are two results apart."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mmaccel.tiny.scoring import answers, prompt
+from mmaccel.tiny.stories import Story, framed, stage
+from mmaccel.tiny.world import questions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmaccel.tiny.world import Question
+
+__all__ = ["asked", "feature_distance", "psnr", "read_back", "still"]
+
+
+def asked(story: Story) -> list[Question]:
+    """What can be asked of any clip of a story, with the answers that its prompt gives."""
+    return questions(stage(story, 0))
+
+
+def still(image: np.ndarray) -> np.ndarray:
+    """An image uint8 [H, W, 3] as a clip of 21 equal frames."""
+    return np.repeat(image[None], 21, axis=0)
+
+
+def read_back(
+    model: Any, processor: Any, clips: Sequence[np.ndarray], stories: Sequence[Story], kinds: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Ask the video-QA model about clips uint8 [T, WINDOW, WINDOW, 3] and compare with what the prompts say.
+
+    Returns `clips`, `whole` (the share of clips with every answer right), `answers` (the share of right answers) and
+    `by_kind` (the same of each kind, with its number of questions). `kinds` leaves other questions out.
+    """
+    hits: dict[str, list[bool]] = {}
+    whole = []
+    for frames, story in zip(clips, stories, strict=True):
+        wanted = [question for question in asked(story) if not kinds or question.kind in kinds]
+        replies = answers(model, processor, framed(frames), [question.text for question in wanted])
+        right = [question.answer == reply for question, reply in zip(wanted, replies, strict=True)]
+        whole.append(all(right))
+        for question, hit in zip(wanted, right, strict=True):
+            hits.setdefault(question.kind, []).append(hit)
+    every = [hit for values in hits.values() for hit in values]
+    return {
+        "clips": len(whole),
+        "whole": float(np.mean(whole)),
+        "answers": float(np.mean(every)),
+        "by_kind": {kind: {"share": float(np.mean(v)), "questions": len(v)} for kind, v in sorted(hits.items())},
+    }
+
+
+def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite if they are equal."""
+    error = np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else float(10.0 * np.log10(255.0**2 / error))
+
+
+@torch.no_grad()
+def feature_distance(model: Any, processor: Any, frames: np.ndarray, reference: np.ndarray) -> float:
+    """Mean cosine distance, 0 to 2, between the video-QA model's visual tokens of two clips uint8 [T, H, W, 3]."""
+    text = [processor.apply_chat_template(prompt("how many objects are there ?"), add_generation_prompt=True)]
+    seen = [
+        model.model.get_video_features(
+            processor(text=text, videos=[framed(clip)], return_tensors="pt")["pixel_values_videos"]
+        ).pooler_output
+        for clip in (frames, reference)
+    ]
+    first, second = (part[0] if isinstance(part, (list, tuple)) else part for part in seen)
+    return float(1.0 - torch.cosine_similarity(first.double(), second.double(), dim=-1).mean())
