@@ -10,11 +10,11 @@ _VIDEO = """\
 # mmaccel tiny text-to-video
 
 A `diffusers.WanPipeline` of 3.2 M parameters: `WanTransformer3DModel` (8 blocks of width 128, 2.0 M),
-`AutoencoderKLWan` (8 x 8 pixels x 4 frames to a latent of 16 channels, 1.1 M), a UMT5 text encoder (2 layers of width 64) and UniPC with
-flow prediction. It draws clips of 21 frames of 64 x 64 pixels, 6 x 8 x 8 = 384 tokens, of the world in
-`mmaccel/tiny/world.py`. It exists to give methods for diffusion pipelines a true quality axis on any machine. It knows
-{words} words and nothing about real video. License: Apache-2.0, trained from nothing on rendered clips. The weights are
-stored as float16 and meant to be run as float32.
+`AutoencoderKLWan` (8 x 8 pixels x 4 frames to a latent of 16 channels, 1.1 M), a UMT5 text encoder (2 layers of width
+64) and UniPC with flow prediction. It draws clips of 21 frames of 64 x 64 pixels, 6 x 8 x 8 = 384 tokens, of the world
+in `mmaccel/tiny/world.py`. It exists to give methods for diffusion pipelines a true quality axis on any machine. It
+knows {words} words and nothing about real video. License: Apache-2.0, trained from nothing on rendered clips. The
+weights are stored as float16 and meant to be run as float32.
 
 Load it with `mmaccel.tiny.text_to_video()`, or with `from_pretrained` on this folder, and call it as
 `pipe(prompt, **mmaccel.tiny.VIDEO_CALL)`: {call}.
@@ -53,7 +53,7 @@ answers. Rendered clips of the same prompts are the ceiling.
 _IMAGE = """\
 # mmaccel tiny class-to-image
 
-A `diffusers.DiTPipeline` of {parameters}: `DiTTransformer2DModel` (8 blocks of width 128), `AutoencoderKL` (4 x 4
+A `diffusers.DiTPipeline` of {parameters}: `DiTTransformer2DModel` (8 blocks of width 96), `AutoencoderKL` (4 x 4
 pixels to a latent of 4 channels) and DPM-Solver++ with flow prediction. It draws images of 64 x 64 pixels, 256 tokens,
 of 24 classes: six colors by four shapes of the world in `mmaccel/tiny/world.py`. It exists to give methods for
 diffusion pipelines a true quality axis on any machine, and knows nothing about real images. License: Apache-2.0,
@@ -65,8 +65,8 @@ Load it with `mmaccel.tiny.class_to_image()`, or with `from_pretrained` on this 
 ## How it was trained
 
 `python -m mmaccel.tiny.train_class_to_image --out FOLDER --work SCRATCH --seed {seed}`, on CPU ({threads} thread,
-shared with other work, bfloat16 autocast): {images} images; {steps}. Versions: {versions}. It is small and was trained for
-minutes: compare a method with the dense result of this model, not with rendered images.
+shared with other work, bfloat16 autocast): {images} images; {steps}. Versions: {versions}.
+It is small and was trained for minutes: compare a method with the dense result of this model, not with rendered images.
 
 ## Scores
 

@@ -1,4 +1,4 @@
-"""The parts of the embedded generators, untrained, in the Wan classes (text to video) and DiT classes (class to image)."""
+"""The parts of the embedded generators, untrained: text to video in Wan classes, class to image in DiT classes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ IMAGE_LABELS = {
     for number, (color, shape) in enumerate((color, shape) for color in COLORS for shape in SHAPES)
 }
 _WIDTH, _HEADS, _LAYERS = 128, 4, 8
+_IMAGE_WIDTH = 96
 _TEXT_WIDTH = 64
 
 
@@ -144,19 +145,25 @@ def image_vae() -> Any:
 
 
 def image_transformer() -> Any:
-    """The untrained image transformer: `DiTTransformer2DModel`, 8 blocks of width 128, one token a latent.
+    """The untrained image transformer: `DiTTransformer2DModel`, 8 blocks of width 96, one token a latent.
 
-    The embedding of the empty class has number 1000, as the pipeline of the library has it.
+    The embedding of the empty class has number 1000, as the pipeline of the library has it. Every block starts as the
+    identity (adaLN-Zero: Scalable Diffusion Models with Transformers, 2023).
     """
-    return _library().DiTTransformer2DModel(
+    model = _library().DiTTransformer2DModel(
         num_attention_heads=_HEADS,
-        attention_head_dim=_WIDTH // _HEADS,
+        attention_head_dim=_IMAGE_WIDTH // _HEADS,
         in_channels=4,
         num_layers=_LAYERS,
         sample_size=WINDOW // 4,
         patch_size=1,
         norm_num_groups=8,
     )
+    with torch.no_grad():
+        for layer in (model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model
 
 
 def image_scheduler() -> Any:
@@ -175,6 +182,9 @@ def video_pipeline(vae: Any, tokenizer: Any, encoder: Any, transformer: Any) -> 
 
 def image_pipeline(vae: Any, transformer: Any) -> Any:
     """The parts as a `DiTPipeline` that knows `IMAGE_LABELS`."""
-    return _library().DiTPipeline(
+    pipe = _library().DiTPipeline(
         transformer=transformer, vae=vae, scheduler=image_scheduler(), id2label=dict(IMAGE_LABELS)
     )
+    # The class takes the names, but does not save them by itself.
+    pipe.register_to_config(id2label={str(number): name for number, name in IMAGE_LABELS.items()})
+    return pipe

@@ -1,4 +1,4 @@
-"""Quality of generated clips and images: is the prompt read back by the video-QA model, how far are two results apart."""
+"""Quality of generated clips and images: is the prompt read back by the video-QA model, how far apart are two clips."""
 
 from __future__ import annotations
 
