@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["clip_frames", "normalise", "pixel_values", "prepare", "train_autoencoder"]
+__all__ = ["clip_frames", "normalise", "pixel_values", "prepare", "train_autoencoder", "train_decoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,11 @@ def prepare(vae: Any) -> None:
     vae.quant_conv.bias[half:] = _FIRST_LOGVAR
 
 
+def _weight(pixels: Tensor) -> Tensor:
+    spread = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
+    return 1.0 + (_OBJECTS - 1.0) * ((spread > 0.35) | (pixels.mean(1, keepdim=True) > 0.5)).float()
+
+
 def train_autoencoder(
     vae: Any,
     clips: Tensor,
@@ -98,10 +103,8 @@ def train_autoencoder(
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.sample(generator) if sampled else posterior.mode()
             image = vae.decode(latents.to(pixels.dtype)).sample.float()
-        spread = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
-        weight = 1.0 + (_OBJECTS - 1.0) * ((spread > 0.35) | (pixels.mean(1, keepdim=True) > 0.5)).float()
         difference = image - pixels
-        error = (weight * (difference.abs() + 0.5 * difference.square())).mean()
+        error = (_weight(pixels) * (difference.abs() + 0.5 * difference.square())).mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         apart = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         optimizer.zero_grad()
@@ -121,3 +124,40 @@ def normalise(latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every channel of latents [N, C, ...], float32 [C] each."""
     flat = latents.float().transpose(0, 1).flatten(1)
     return flat.mean(1), flat.std(1)
+
+
+def train_decoder(
+    vae: Any, clips: Tensor, latents: Tensor, path: Path, *, steps: int, seed: int, batch: int = 4, peak: float = 2e-3
+) -> None:
+    """Train the decoder of a video autoencoder alone, on latents that do not change any more, resuming from `path`.
+
+    `latents` [N, C, T, h, w] are those of `clips`, as the encoder gave them. The first 3 to 6 latent frames of a clip
+    are decoded, with a little noise on them, so that colors do not drift and generated latents are met.
+    """
+    trained = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.95), weight_decay=1e-4)
+    parts = {"model": vae, "optimizer": optimizer}
+    begun = load_progress(path, parts)
+    vae.train()
+    for step in range(begun, steps):
+        cosine(optimizer, step, steps, peak, warmup=20)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        which = torch.randint(len(latents), (batch,), generator=generator)
+        depth = int(torch.randint(3, latents.shape[2] + 1, (), generator=generator))
+        kept = latents[which, :, :depth].float()
+        kept = kept + 0.1 * kept.std() * torch.randn(kept.shape, generator=generator)
+        pixels = pixel_values(clips[which, : 4 * depth - 3])
+        with torch.autocast("cpu", torch.bfloat16):
+            image = vae.decode(kept).sample.float()
+        difference = image - pixels
+        error = (_weight(pixels) * (difference.abs() + 0.5 * difference.square())).mean()
+        optimizer.zero_grad()
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 20 == 0 or step + 1 == steps:
+            ratio = 10 * torch.log10(4.0 / difference.detach().square().mean()).item()
+            logger.info("%s %d error %.4f psnr %.2f", path.stem, step, error.item(), ratio)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            save_progress(path, step + 1, parts)
+    vae.eval()

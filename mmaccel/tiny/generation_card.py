@@ -53,9 +53,9 @@ answers. Rendered clips of the same prompts are the ceiling.
 _IMAGE = """\
 # mmaccel tiny class-to-image
 
-A `diffusers.DiTPipeline` of {parameters}: `DiTTransformer2DModel` (8 blocks of width 96), `AutoencoderKL` (4 x 4
-pixels to a latent of 4 channels) and DPM-Solver++ with flow prediction. It draws images of 64 x 64 pixels, 256 tokens,
-of 24 classes: six colors by four shapes of the world in `mmaccel/tiny/world.py`. It exists to give methods for
+A `diffusers.DiTPipeline` of {parameters} parameters: `DiTTransformer2DModel` (8 blocks of width 96), `AutoencoderKL`
+(4 x 4 pixels to a latent of 4 channels) and DPM-Solver++ with flow prediction. It draws images of 64 x 64 pixels, 256
+tokens, of 24 classes: six colors by four shapes of the world in `mmaccel/tiny/world.py`. It exists to give methods for
 diffusion pipelines a true quality axis on any machine, and knows nothing about real images. License: Apache-2.0,
 trained from nothing on rendered images. The weights are stored as float16 and meant to be run as float32.
 

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": options.seed,
         "threads": options.threads,
         "images": options.images,
-        "parameters": f"{sum(p.numel() for p in (*vae.parameters(), *transformer.parameters())) / 1e6:.1f} M parameters",
+        "parameters": f"{sum(p.numel() for part in (vae, transformer) for p in part.parameters()) / 1e6:.1f} M",
         "steps": {"autoencoder": options.autoencoder_steps, "images": options.image_steps},
         "seconds": seconds,
         "versions": versions(),

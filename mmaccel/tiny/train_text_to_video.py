@@ -2,7 +2,8 @@
 
 Run `python -m mmaccel.tiny.train_text_to_video --out FOLDER --work SCRATCH`. Phases, each kept in the scratch folder
 and resumed from there: frames and autoencoder (the autoencoder on single frames, then on clips), prompts (the text
-encoder), latents, pictures (the transformer on single latent frames: many scenes for little work), clips, scores.
+encoder), latents, decoder (alone, on those latents), pictures (the transformer on single latent frames: many scenes
+for little work), clips, scores.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmaccel.tiny import VIDEO_CALL
-from mmaccel.tiny.autoencoder_training import clip_frames, normalise, pixel_values, prepare, train_autoencoder
+from mmaccel.tiny.autoencoder_training import (
+    clip_frames,
+    normalise,
+    pixel_values,
+    prepare,
+    train_autoencoder,
+    train_decoder,
+)
 from mmaccel.tiny.flow_training import Average, Draw, train_flow
 from mmaccel.tiny.generation_card import video_card
 from mmaccel.tiny.generation_scoring import generate_clips, video_scores
@@ -146,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--frames-steps", type=int, default=400)
     parser.add_argument("--autoencoder-steps", type=int, default=700)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--prompt-steps", type=int, default=400)
     parser.add_argument("--picture-steps", type=int, default=600)
     parser.add_argument("--clip-steps", type=int, default=1500)
@@ -190,6 +199,13 @@ def main(arguments: list[str] | None = None) -> None:
         read = train_text_encoder(encoder, tokenizer, steps=options.prompt_steps, seed=options.seed)
     with timed("latents"):
         cached = _latents(vae, options.clips, options.work / "latents.safetensors")
+    with timed("decoder"):
+        clips = clip_frames(range(min(1000, options.clips)))
+        shape = (1, -1, 1, 1, 1)
+        known = cached["latents"][: len(clips)].float() * cached["deviation"].view(shape) + cached["mean"].view(shape)
+        path = options.work / "decoder.pt"
+        train_decoder(vae, clips, known, path, steps=options.decoder_steps, seed=options.seed)
+        del clips, known
     vae.register_to_config(latents_mean=cached["mean"].tolist(), latents_std=cached["deviation"].tolist())
     prompts = [str(sample_story(index, "train")) for index in range(options.clips)]
     text, lengths = embed(encoder, tokenizer, [*prompts, ""], COLUMNS)
@@ -201,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         "steps": {
             "frames": options.frames_steps,
             "autoencoder": options.autoencoder_steps,
+            "decoder": options.decoder_steps,
             "prompts": options.prompt_steps,
             "pictures": options.picture_steps,
             "clips": options.clip_steps,
