@@ -154,6 +154,7 @@ def image_transformer() -> Any:
         num_attention_heads=_HEADS,
         attention_head_dim=_IMAGE_WIDTH // _HEADS,
         in_channels=4,
+        out_channels=4,
         num_layers=_LAYERS,
         sample_size=WINDOW // 4,
         patch_size=1,

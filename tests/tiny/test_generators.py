@@ -80,7 +80,7 @@ def test_export_and_load_keep_the_pipeline(untrained, tmp_path):
     third = diffusers.WanPipeline.from_pretrained(tmp_path / "again", torch_dtype=torch.float32)
     third.set_progress_bar_config(disable=True)
     first, second = (generate_clips(p, PROMPTS[:1], [0], num_inference_steps=2) for p in (twin, third))
-    assert np.array_equal(first, second)
+    assert np.abs(first.astype(int) - second).max() <= 1
     assert json.loads((tmp_path / "pipe" / "scores.json").read_text()) == {"seed": 3}
     assert (tmp_path / "pipe" / "README.md").read_text() == "# card"
 
@@ -190,17 +190,25 @@ def test_flow_training_learns_and_resumes_as_if_it_had_not_stopped(tmp_path):
     torch.manual_seed(0)
     whole = _Line()
     averaged = Average(whole)
-    train_flow(whole, averaged, draw_for(whole), tmp_path / "a.pt", steps=120, seed=1, every=40)
+    train_flow(whole, averaged, draw_for(whole), tmp_path / "a.pt", steps=120, seed=1, peak=0.05, every=40)
     torch.manual_seed(0)
     first = _Line()
     with pytest.raises(KeyboardInterrupt):
         train_flow(
-            first, Average(first), draw_for(first), tmp_path / "b.pt", steps=120, seed=1, every=40, watch=_stop_at(80)
+            first,
+            Average(first),
+            draw_for(first),
+            tmp_path / "b.pt",
+            steps=120,
+            seed=1,
+            peak=0.05,
+            every=40,
+            watch=_stop_at(80),
         )
     torch.manual_seed(99)
     second = _Line()
     kept = Average(second)
-    train_flow(second, kept, draw_for(second), tmp_path / "b.pt", steps=120, seed=1, every=40)
+    train_flow(second, kept, draw_for(second), tmp_path / "b.pt", steps=120, seed=1, peak=0.05, every=40)
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], weight, msg=name)
         torch.testing.assert_close(kept.model.state_dict()[name], averaged.model.state_dict()[name], msg=name)
