@@ -52,6 +52,13 @@ def video_qa(
 
 
 def _pipeline(name: str, folder: Path, dtype: torch.dtype | None) -> Any:
+    from mmaccel.errors import NotApplicableError
+
+    if not (folder / "model_index.json").exists():
+        raise NotApplicableError(
+            f"no weights in {folder}; train them with `python -m mmaccel.tiny.train_{folder.name} --out {folder}"
+            " --work SCRATCH`, or take mmaccel.tiny.pipelines.tiny_wan_pipeline() for random ones."
+        )
     import diffusers
     import torch
 
@@ -67,6 +74,7 @@ def text_to_video(dtype: torch.dtype | None = None) -> Any:
 
     `pipe("a red ring moves left , then a blue cross stays still", **VIDEO_CALL).frames` is [1, 21, 64, 64, 3]. `dtype`
     defaults to `torch.float32`. Prompts: `mmaccel.tiny.stories`; scores and limits: README.md in the folder.
+    Raises `NotApplicableError` where the weights are not there.
     """
     return _pipeline("WanPipeline", TEXT_TO_VIDEO_FOLDER, dtype)
 
@@ -75,6 +83,7 @@ def class_to_image(dtype: torch.dtype | None = None) -> Any:
     """Load the embedded class-conditional image model, a `diffusers.DiTPipeline` of 24 classes (`pipe.labels`).
 
     `pipe(class_labels=pipe.get_label_ids(["red ring"]), **IMAGE_CALL).images` are 64 x 64 pixels. `dtype` defaults to
-    `torch.float32`. Scores and limits: README.md in the folder.
+    `torch.float32`. Scores and limits: README.md in the folder. Raises `NotApplicableError` where the weights are not
+    there.
     """
     return _pipeline("DiTPipeline", CLASS_TO_IMAGE_FOLDER, dtype)

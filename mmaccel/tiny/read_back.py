@@ -13,7 +13,7 @@ from mmaccel.tiny.stories import Story, framed, stage
 from mmaccel.tiny.world import questions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from mmaccel.tiny.world import Question
 
@@ -31,7 +31,7 @@ def still(image: np.ndarray) -> np.ndarray:
 
 
 def read_back(
-    model: Any, processor: Any, clips: Sequence[np.ndarray], stories: Sequence[Story], kinds: Sequence[str] = ()
+    model: Any, processor: Any, clips: Iterable[np.ndarray], stories: Sequence[Story], kinds: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Ask the video-QA model about clips uint8 [T, WINDOW, WINDOW, 3] and compare with what the prompts say.
 

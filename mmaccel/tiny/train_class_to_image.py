@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +84,8 @@ def _draw(model: Any, latents: Tensor, batch: int) -> Any:
 
 
 def _scores(folder: Path, count: int) -> dict[str, Any]:
-    pipe = DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    library: Any = diffusers
+    pipe = library.DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     labels = [n % len(IMAGE_LABELS) for n in range(count)]
     names = [IMAGE_LABELS[label] for label in labels]

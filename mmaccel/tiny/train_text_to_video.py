@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -67,7 +67,7 @@ class PaddedText(WanAttnProcessor):
 
     bias: Tensor | None = None
 
-    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, *_: Any) -> Any:
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *_: Any) -> Any:
         """Run the attention with `bias` float32 [B, 1, 1, columns] added to the scores."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, None)
 
@@ -136,7 +136,8 @@ def _latents(vae: Any, count: int, path: Path) -> dict[str, Tensor]:
 
 def _scores(folder: Path, count: int) -> dict[str, Any]:
     """Read-back on held-out and on trained combinations, the ceiling, and what steps and guidance do to it."""
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    library: Any = diffusers
+    pipe = library.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scores: dict[str, Any] = {"call": VIDEO_CALL}
     for split in SPLITS:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmaccel.tiny import VIDEO_CALL, video_qa
+from mmaccel import tiny
+from mmaccel.errors import NotApplicableError
+from mmaccel.tiny import CLASS_TO_IMAGE_FOLDER, TEXT_TO_VIDEO_FOLDER, VIDEO_CALL, video_qa
 from mmaccel.tiny.autoencoder_training import normalise, prepare
 from mmaccel.tiny.flow_training import Average, Draw, noise_levels, train_flow
-from mmaccel.tiny.generation_scoring import generate_clips, generate_images, image_story
+from mmaccel.tiny.generation_scoring import generate_clips, generate_images, image_scores, image_story
 from mmaccel.tiny.generators import (
     IMAGE_LABELS,
     TEXT_LENGTH,
@@ -247,3 +249,38 @@ def test_distances():
 def test_image_labels_are_stories():
     assert str(image_story("red ring")) == "a red ring stays still"
     assert VIDEO_CALL["max_sequence_length"] == TEXT_LENGTH
+
+
+def test_missing_weights_are_named(tmp_path, monkeypatch):
+    for name, load in (("text_to_video", tiny.text_to_video), ("class_to_image", tiny.class_to_image)):
+        monkeypatch.setattr(tiny, f"{name.upper()}_FOLDER", tmp_path / name)
+        with pytest.raises(NotApplicableError, match=f"train_{name} --out"):
+            load()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TEXT_TO_VIDEO_FOLDER.exists(), reason="the text-to-video weights are not shipped yet")
+def test_the_shipped_video_pipeline_draws_its_prompts():
+    pipe = tiny.text_to_video()
+    assert type(pipe) is diffusers.WanPipeline
+    facts = json.loads((TEXT_TO_VIDEO_FOLDER / "scores.json").read_text(encoding="utf-8"))["scores"]
+    stories = [sample_story(20_000_000 + index) for index in range(6)]
+    clips = generate_clips(pipe, list(map(str, stories)), range(6), num_inference_steps=20)
+    assert np.array_equal(clips, generate_clips(pipe, list(map(str, stories)), range(6), num_inference_steps=20))
+    model, processor = video_qa()
+    found = read_back(model, processor, clips, stories)
+    shuffled = read_back(model, processor, clips, [*stories[1:], stories[0]])
+    assert found["answers"] > facts["held-out"]["answers"] - 0.2
+    assert found["answers"] > shuffled["answers"] + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLASS_TO_IMAGE_FOLDER.exists(), reason="the class-to-image weights are not shipped yet")
+def test_the_shipped_image_pipeline_draws_its_classes():
+    pipe = tiny.class_to_image()
+    assert type(pipe) is diffusers.DiTPipeline
+    facts = json.loads((CLASS_TO_IMAGE_FOLDER / "scores.json").read_text(encoding="utf-8"))["scores"]
+    labels = list(IMAGE_LABELS)
+    found = image_scores(generate_images(pipe, labels, range(500, 524)), [IMAGE_LABELS[label] for label in labels])
+    assert found["answers"] > facts["generated"]["answers"] - 0.15
+    assert found["answers"] > 0.6
