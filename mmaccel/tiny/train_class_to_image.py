@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             mean, deviation = normalise(latents)
             shape = (1, -1, 1, 1)
             scaled = (latents - mean.view(shape)) / deviation.view(shape)
-            save_file({"latents": scaled.half(), "mean": mean, "deviation": deviation}, kept)
+            save_file({"latents": scaled.half().contiguous(), "mean": mean, "deviation": deviation}, kept)
         cached = load_file(kept)
     fold_scale(vae, cached["mean"], cached["deviation"])
 
