@@ -1,13 +1,17 @@
-"""Diffusion transformers of diffusers, alone or inside a pipeline."""
+"""Diffusion transformers of diffusers, alone or in a pipeline: where their blocks are and how tokens lie."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
 
 from mmaccel.errors import AdapterError
 
-__all__ = ["Diffusion", "fits"]
+__all__ = ["Diffusion", "Layout", "fits"]
 
 
 def _classes(*names: str) -> tuple[type, ...]:
@@ -21,8 +25,59 @@ def fits(model: Any) -> bool:
     return isinstance(model, _classes("DiffusionPipeline", "ModelMixin"))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a family of transformers treats the tokens of a latent.
+
+    blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token. text:
+    where the prompt's tokens stand among the keys of these, if they are there. rotary: the block's argument with a
+    pair of rotary tables; rotary_dim: their token axis; rotary_text: whether they begin with rows for the prompt.
+    times: the block's argument that may hold one time embedding a token. output: which of a block's outputs are the
+    latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
+    """
+
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    attention: tuple[str, ...] = ("attn1",)
+    text: Literal["none", "first", "last"] = "none"
+    rotary: str = ""
+    rotary_dim: int = 1
+    rotary_text: bool = False
+    times: str = ""
+    output: int | None = None
+    projections: tuple[str, ...] = ()
+
+    @property
+    def one_choice(self) -> bool:
+        """Whether all clips of a batch must compute the same tokens, as their rotary tables have no batch axis."""
+        return bool(self.rotary) and self.rotary_dim == 0
+
+
+_CROSS = ("attn2.to_k", "attn2.to_v")
+_LAYOUTS = {
+    "WanTransformer3DModel": Layout(
+        blocks=("blocks",), rotary="rotary_emb", times="temb",
+        projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"),
+    ),
+    "LTXVideoTransformer3DModel": Layout(rotary="image_rotary_emb", times="temb", projections=_CROSS),
+    "HunyuanVideoTransformer3DModel": Layout(
+        blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
+        rotary="image_rotary_emb", rotary_dim=0, output=0,
+    ),
+    "CogVideoXTransformer3DModel": Layout(text="first", rotary="image_rotary_emb", rotary_dim=0, output=0),
+    "FluxTransformer2DModel": Layout(
+        blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
+        rotary="image_rotary_emb", rotary_dim=0, rotary_text=True, output=1,
+    ),
+    "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
+    "PixArtTransformer2DModel": Layout(projections=_CROSS),
+    "DiTTransformer2DModel": Layout(),
+}  # fmt: skip
+
+
 class Diffusion:
-    """A pipeline's transformer, or a transformer by itself.
+    """A pipeline's transformers, or a transformer by itself.
+
+    `transformers` has one entry, or two in pipelines whose early and late steps have a transformer each (Wan 2.2).
 
     Raises:
         AdapterError: the pipeline has no transformer (U-Net pipelines are not supported).
@@ -30,8 +85,74 @@ class Diffusion:
 
     def __init__(self, model: Any) -> None:
         self.pipeline = model if isinstance(model, _classes("DiffusionPipeline")) else None
-        transformer = getattr(model, "transformer", None) if self.pipeline is not None else model
-        if transformer is None:
+        holder = (
+            (model,) if self.pipeline is None else (getattr(model, n, None) for n in ("transformer", "transformer_2"))
+        )
+        self.transformers = [transformer for transformer in holder if transformer is not None]
+        if not self.transformers:
             raise AdapterError(f"{type(model).__name__} has no transformer; only transformer pipelines are supported.")
-        self.transformer = self.target = transformer
-        self.family = type(transformer).__name__
+        self.transformer = self.target = self.transformers[0]
+        self.family = type(self.transformer).__name__
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler as it is now; None for a transformer by itself."""
+        return getattr(self.pipeline, "scheduler", None)
+
+    @property
+    def layout(self) -> Layout:
+        """How the family lays its tokens out.
+
+        Raises:
+            AdapterError: nothing is known of the family.
+        """
+        if self.family not in _LAYOUTS:
+            raise AdapterError(f"no token layout is known for {self.family}; known are {', '.join(_LAYOUTS)}.")
+        return _LAYOUTS[self.family]
+
+    def blocks(self, transformer: Any) -> dict[str, Any]:
+        """The blocks of one of the transformers, by name, in the order in which they run."""
+        return {
+            f"{name}.{index}": block
+            for name in self.layout.blocks
+            for index, block in enumerate(getattr(transformer, name))
+        }
+
+    def arguments(self, transformer: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call of a transformer, by name."""
+        return inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
+
+    def patch(self, transformer: Any, axes: int) -> tuple[int, ...]:
+        """Latents to a token along each of the last `axes` axes; () where the pipeline has made tokens already."""
+        if not axes:
+            return ()
+        size = transformer.config.patch_size
+        sizes = tuple(size) if isinstance(size, (list, tuple)) else (size,) * min(axes, 2)
+        if len(sizes) < axes:
+            depth = getattr(transformer.config, "patch_size_t", None) or 1
+            sizes = (*(depth,) * (axes - len(sizes)), *sizes)
+        return sizes
+
+    def frames_first(self, transformer: Any) -> bool:
+        """Whether a 5-D latent is [B, T, C, H, W] (CogVideoX) rather than [B, C, T, H, W]."""
+        return type(transformer).__name__.startswith("CogVideoX")
+
+    def parts(self, latents: Tensor) -> int:
+        """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""
+        pipeline = self.pipeline
+        if pipeline is None or hasattr(pipeline, "transformer_2") or latents.shape[0] % 2:
+            return 1
+        if type(pipeline).__name__.startswith("DiT"):
+            # half of its batch is without a class whenever guidance is on, and it keeps no note of that
+            return 2 if latents[: len(latents) // 2].equal(latents[len(latents) // 2 :]) else 1
+        guided = getattr(pipeline, "do_classifier_free_guidance", False)
+        return 2 if guided and not type(pipeline).__name__.startswith(("Hunyuan", "Flux")) else 1
+
+    def guidance(self, transformer: Any) -> float | None:
+        """The guidance scale of the running call, None if the pipeline does not say."""
+        pipeline = self.pipeline
+        if pipeline is not None and len(self.transformers) > 1 and transformer is self.transformers[1]:
+            second = getattr(pipeline, "_guidance_scale_2", None)
+            if second is not None:
+                return second
+        return getattr(pipeline, "_guidance_scale", None)

@@ -6,12 +6,12 @@ import math
 import operator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from mmaccel.core.free_memory import free_memory
 from mmaccel.errors import VideoError
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def target_size(height: int, width: int, size: Size) -> tuple[int, int]:
 def allocate(count: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """An empty uint8 [count, 3, height, width]; VideoError if the memory that is free cannot hold it."""
     host = device is None or device.type == "cpu"
-    wanted, free = 3 * count * height * width, _free_memory() if host else torch.cuda.mem_get_info(device)[0]
+    wanted, free = 3 * count * height * width, free_memory("cpu" if host else device)
     problem = f"{count} frame(s) of {height} x {width} need {wanted / 2**30:.3g} GiB of memory"
     if free is not None and wanted > free:
         raise VideoError(f"{problem}, and {free / 2**30:.3g} GiB are free; ask for fewer frames or a smaller size")
@@ -226,15 +226,6 @@ def allocate(count: int, height: int, width: int, device: torch.device | None = 
         return torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         raise VideoError(f"{problem}, which is not to be had; ask for fewer frames or a smaller size") from error
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _sides(height: int, width: int, size: Size) -> tuple[int, int]:

@@ -182,11 +182,11 @@ def test_too_much(clip: Clip, request_: dict, message: str) -> None:
 
 
 def test_memory_that_is_not_to_be_had(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_free_memory", lambda: 2 * 3 * 64 * 128 - 1)
+    monkeypatch.setattr(sampling, "free_memory", lambda *_: 2 * 3 * 64 * 128 - 1)
     assert len(load_video(clip("intra.mp4"), 1)) == 1
     with pytest.raises(VideoError, match=r"2 frame\(s\) of 64 x 128 need .* fewer frames or a smaller size"):
         load_video(clip("intra.mp4"), 2)
-    monkeypatch.setattr(sampling, "_free_memory", lambda: None)
+    monkeypatch.setattr(sampling, "free_memory", lambda *_: None)
     with pytest.raises(VideoError, match="not to be had"):
         sampling.allocate(10**12, 10**4, 10**4)
 

@@ -1,0 +1,321 @@
+"""Some tokens of a latent are computed at a denoising step, the others go on with the velocity that they had last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmaccel.core.denoising import Call, Denoising
+from mmaccel.core.free_memory import free_memory
+from mmaccel.core.patching import Patcher
+from mmaccel.core.row_attention import KeysValues
+from mmaccel.core.token_rows import TokenRows, latent_tokens, token_mask
+from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.report import Report
+from mmaccel.tokens.signals import change
+from mmaccel.tokens.steps import StepPlan
+
+__all__ = ["HeldVelocity", "Storage"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How keys and values are kept: "full", "half" or "fp8", of a fraction of the layers, on the CPU or in place."""
+
+    precision: str = "full"
+    layers: float = 1.0
+    offload: bool = False
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """The dtype in which a model's keys and values are stored."""
+        if self.precision == "fp8":
+            return torch.float8_e4m3fn
+        return torch.bfloat16 if self.precision == "half" and model.itemsize > 2 else model
+
+    def chosen(self, names: list[str]) -> list[str]:
+        """The attentions that keep keys and values, spread evenly."""
+        count = round(self.layers * len(names))
+        return [names[(2 * index + 1) * len(names) // (2 * count)] for index in range(count)] if count else []
+
+
+@dataclass
+class _Branch:
+    """What one branch of guidance holds: the last velocity, the one before, how fast it changes, and since when."""
+
+    last: Tensor | None = None
+    before: Tensor | None = None
+    slope: Tensor | None = None
+    since: Tensor | None = None
+    kept: dict[str, KeysValues] = field(default_factory=dict)
+    prompt: tuple[Any, ...] = ()
+    text: dict[Any, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    plan: StepPlan
+    transformer: Any = None
+    whole: int = -1
+    branches: dict[int, _Branch] = field(default_factory=dict)
+    active: Tensor | None = None
+    order: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class HeldVelocity:
+    """Runs transformers of a pipeline by a plan of steps; `plan(steps)` makes one for each run.
+
+    site: the adapter. order: 0 holds velocities, 1 carries them on along their last change.
+    """
+
+    def __init__(
+        self, site: Any, report: Report, name: str, plan: Callable[[int], StepPlan], order: int, storage: Storage
+    ) -> None:
+        self.site, self.report, self.name, self.plan = site, report, name, plan
+        self.order, self.storage = order, storage
+        self._steps = Denoising(lambda: site.scheduler)
+        self._run: _Run | None = None
+        self._text: dict[Any, Tensor] | None = None
+
+    def install(self, patcher: Patcher) -> None:
+        """Put the hooks on every transformer of the pipeline."""
+        patcher.on_undo(self._forget)
+        for transformer in self.site.transformers:
+            blocks = self.site.blocks(transformer)
+            rows = TokenRows(self.site.layout)
+            rows.install(patcher, blocks)
+            for block in blocks.values():
+                for path in self.site.layout.projections:
+                    module = _inside(block, path)
+                    if module is not None:
+                        patcher.wrap(module, "forward", self._remember(module))
+            patcher.wrap(transformer, "forward", self._around(transformer, rows))
+
+    def _forget(self) -> None:
+        self._run = None
+
+    def _remember(self, module: Any) -> Callable[..., Any]:
+        """The prompt is the same at every step, and so is what a projection makes of it."""
+
+        def around(call: Any, states: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._text is None or args or kwargs:
+                return call(states, *args, **kwargs)
+            if module not in self._text:
+                self._text[module] = call(states)
+            return self._text[module]
+
+        return around
+
+    def _around(self, transformer: Any, rows: TokenRows) -> Callable[..., Any]:
+        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+            given = self.site.arguments(transformer, args, kwargs)
+            at = self._steps.call(given["timestep"], given["hidden_states"])
+            run = self._begin(at, transformer, given)
+            branch = run.branches.setdefault(at.branch, _Branch())
+            self._text = self._known_text(branch, given)
+            try:
+                with rows:
+                    return self._step(call, args, kwargs, given, run, branch, at, transformer, rows)
+            finally:
+                self._text = None
+
+        return around
+
+    def _begin(self, at: Call, transformer: Any, given: dict[str, Any]) -> _Run:
+        if at.fresh or self._run is None:
+            self._run = None  # what is held goes before anything new comes
+            if not torch.isfinite(given["hidden_states"]).all():
+                raise NonFiniteError(
+                    "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+                )
+            self._run = _Run(self.plan(at.total), transformer)
+        run = self._run
+        if run.transformer is not transformer:
+            run.transformer, run.whole = transformer, at.step
+            for branch in run.branches.values():
+                branch.kept, branch.text, branch.prompt = {}, {}, ()
+        return run
+
+    def _known_text(self, branch: _Branch, given: dict[str, Any]) -> dict[Any, Tensor] | None:
+        prompt = tuple(given.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_image"))
+        if torch.is_grad_enabled() or given.get("attention_kwargs") or given.get("cross_attention_kwargs"):
+            return None
+        if len(prompt) != len(branch.prompt) or any(a is not b for a, b in zip(prompt, branch.prompt, strict=True)):
+            branch.prompt, branch.text = prompt, {}
+        return branch.text
+
+    def _partial(self, run: _Run, step: int) -> bool:
+        return run.plan.first <= step < run.plan.steps - run.plan.last and step != run.whole
+
+    def _step(
+        self, call: Any, args: Any, kwargs: Any, given: dict[str, Any], run: _Run, branch: _Branch, at: Call,
+        transformer: Any, rows: TokenRows,
+    ) -> Any:  # fmt: skip
+        latents, time = given["hidden_states"], given["timestep"]
+        frames_first = self.site.frames_first(transformer)
+        patch = self.site.patch(transformer, latents.ndim - 2)
+        if frames_first:
+            patch = self.site.patch(transformer, 3)
+        if self._partial(run, at.step):
+            if at.branch == 0:
+                self._choose(run, at.step, latents, time, patch, frames_first, transformer)
+            assert run.rows is not None
+            rows.rows, rows.tokens, rows.kept = (
+                run.rows,
+                run.order.shape[1] if run.order is not None else 0,
+                branch.kept,
+            )
+            self.report.count(self.name, "transformer", rows.tokens, run.rows.shape[1])
+            velocity, rebuild = _velocity(call(*args, **kwargs))
+            chosen = torch.zeros(run.rows.shape[0], rows.tokens, dtype=torch.bool, device=velocity.device)
+            chosen.scatter_(1, run.rows, True)
+            return rebuild(self._merge(branch, velocity, token_mask(chosen, velocity, patch, frames_first), time))
+        tokens = self._tokens(latents, patch, frames_first)
+        self.report.count(self.name, "transformer", tokens, tokens)
+        rows.tokens = tokens
+        if self._partial(run, at.step + 1):
+            if not branch.kept:
+                self._allocate(run, branch, at, tokens, latents, transformer)
+            rows.kept = branch.kept
+        output = call(*args, **kwargs)
+        velocity, _ = _velocity(output)
+        self._whole(branch, velocity, time)
+        return output
+
+    def _tokens(self, latents: Tensor, patch: tuple[int, ...], frames_first: bool) -> int:
+        if not patch:
+            return latents.shape[1]
+        count = 1
+        shape = list(latents.shape[-len(patch) :])
+        if frames_first:
+            shape[0] = latents.shape[1]
+        for length, size in zip(shape, patch, strict=True):
+            count *= length // size
+        return count
+
+    def _whole(self, branch: _Branch, velocity: Tensor, time: Tensor) -> None:
+        now = time.detach().float().max()
+        if self.order and branch.last is not None and branch.since is not None:
+            branch.slope = (velocity - branch.last) / _gap(now - branch.since).to(velocity.dtype)
+        branch.before, branch.last = branch.last, velocity.detach().clone()
+        branch.since = now
+
+    def _merge(self, branch: _Branch, velocity: Tensor, mask: Tensor, time: Tensor) -> Tensor:
+        last = branch.last
+        assert last is not None
+        now = time.detach().float().max()
+        if not self.order or branch.slope is None:
+            branch.last = torch.where(mask, velocity, last)
+            return branch.last.clone()
+        gap = _gap(now - branch.since).to(velocity.dtype)
+        merged = torch.where(mask, velocity, last + branch.slope * gap)
+        branch.slope = torch.where(mask, (velocity - last) / gap, branch.slope)
+        branch.last = torch.where(mask, velocity, last)
+        branch.since = torch.where(mask, now, branch.since)
+        return merged
+
+    def _choose(
+        self, run: _Run, step: int, latents: Tensor, time: Tensor, patch: tuple[int, ...], frames_first: bool,
+        transformer: Any,
+    ) -> None:  # fmt: skip
+        parts = self.site.parts(latents)
+        if run.order is None:
+            score = self._need(run, parts, patch, frames_first, transformer)
+            if time.ndim == 2 and time.shape[1] == score.shape[1]:
+                fixed = time[: score.shape[0]] == 0
+                score = score.masked_fill(fixed, -1.0)
+            if self.site.layout.one_choice:
+                score = score.mean(0, keepdim=True)
+            run.order = score.sort(dim=1, descending=True, stable=True).indices
+            run.active = run.plan.active(score.shape[1]).to(score.device)
+        assert run.active is not None
+        chosen = run.active[step - run.plan.first].nonzero()[:, 0]
+        rows = run.order.index_select(1, chosen).sort(1).values
+        run.rows = rows if rows.shape[0] == 1 or parts == 1 else rows.repeat(parts, 1)
+
+    def _need(self, run: _Run, parts: int, patch: tuple[int, ...], frames_first: bool, transformer: Any) -> Tensor:
+        """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls."""
+        held = [run.branches[index] for index in sorted(run.branches)]
+        scale = self.site.guidance(transformer)
+        sides = []
+        for name in ("before", "last"):
+            values = [latent_tokens(getattr(branch, name).float(), patch, frames_first) for branch in held]
+            if len(values) == 2 and scale is not None:
+                values = [values[1] + scale * (values[0] - values[1])]
+            sides.append(torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1))
+        score = change(sides[1], sides[0])
+        if not torch.isfinite(score).all():
+            raise NonFiniteError(
+                "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
+            )
+        return score
+
+    def _allocate(self, run: _Run, branch: _Branch, at: Call, tokens: int, latents: Tensor, transformer: Any) -> None:
+        attentions = [
+            f"{name}.{attribute}"
+            for name, block in self.site.blocks(transformer).items()
+            for attribute in self.site.layout.attention
+            if getattr(block, attribute, None) is not None
+        ]
+        dtype = next(transformer.parameters()).dtype if not latents.is_floating_point() else latents.dtype
+        if at.branch == 0:
+            self._check_memory(
+                len(attentions), tokens * latents.shape[0] * len(run.branches), dtype, latents, transformer
+            )
+        target = self.storage.dtype(dtype)
+        device = "cpu" if self.storage.offload else None
+        branch.kept = {
+            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen(attentions)
+        }
+
+    def _check_memory(self, layers: int, tokens: int, dtype: torch.dtype, latents: Tensor, transformer: Any) -> None:
+        config = transformer.config
+        numbers = 2 * layers * tokens * config.num_attention_heads * config.attention_head_dim
+        device = torch.device("cpu") if self.storage.offload else latents.device
+        free = free_memory(device)
+
+        def size(storage: Storage) -> int:
+            share = len(storage.chosen(list(map(str, range(layers))))) / layers
+            return int(numbers * share * storage.dtype(dtype).itemsize)
+
+        wanted = size(self.storage)
+        text = f"{wanted / 1e9:.3g} GB for keys and values of {layers} attentions on {device}"
+        self.report.events["memory of keys and values"] = text
+        logger.info("%s: %s, %s free", self.name, text, "unknown" if free is None else f"{free / 1e9:.3g} GB")
+        if free is None or wanted <= free:
+            return
+        choices = [Storage(p, share) for p in ("full", "half", "fp8") for share in (1.0, 0.5, 0.25)]
+        fitting = [
+            f"memory={choice.precision};layers={choice.layers:g} ({size(choice) / 1e9:.3g} GB)"
+            for choice in choices
+            if size(choice) <= free and size(choice) < wanted
+        ]
+        if device.type != "cpu" and wanted <= (free_memory("cpu") or 0):
+            fitting.append("offload=true")
+        raise MethodError(
+            f"{self.name}: {text} are needed and {free / 1e9:.3g} GB are free. What fits: "
+            f"{', '.join(fitting[:4]) or 'nothing; use a smaller clip, or another method'}."
+        )
+
+
+def _gap(times: Any) -> Any:
+    return torch.where(times == 0, torch.ones_like(times), times)
+
+
+def _velocity(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    if isinstance(output, tuple):
+        return output[0], lambda value: (value, *output[1:])
+    return output.sample, lambda value: type(output)(sample=value)
+
+
+def _inside(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        block = getattr(block, name, None)
+    return block

@@ -1,0 +1,145 @@
+"""A diffusion transformer computes some of its tokens: rows are taken in front of its blocks and put back behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmaccel.core.patching import Patcher
+from mmaccel.core.row_attention import KeysValues, RowAttention
+
+__all__ = ["TokenRows", "latent_tokens", "token_mask"]
+
+
+def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
+    """Latents [B, C, (T,) H, W] as tokens [B, N, C * patch]; [B, N, C] is that already (`patch` is () then).
+
+    frames_first: a 5-D latent is [B, T, C, H, W].
+    """
+    if not patch:
+        return latents
+    if frames_first:
+        latents = latents.transpose(1, 2)
+    for axis, size in enumerate(patch):
+        latents = latents.unflatten(2 + 2 * axis, (-1, size))
+    grid = [2 + 2 * axis for axis in range(len(patch))]
+    inside = [3 + 2 * axis for axis in range(len(patch))]
+    return latents.permute(0, *grid, 1, *inside).flatten(1 + len(patch)).flatten(1, len(patch))
+
+
+def token_mask(chosen: Tensor, latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
+    """`chosen` bool [B, N] as a mask that broadcasts to `latents` of the shapes that `latent_tokens` takes."""
+    if not patch:
+        return chosen[..., None]
+    shape = list(latents.shape[-len(patch) :])
+    if frames_first:
+        shape[0] = latents.shape[1]
+    mask = chosen.unflatten(1, [length // size for length, size in zip(shape, patch, strict=True)])
+    for axis, size in enumerate(patch):
+        mask = mask.repeat_interleave(size, dim=1 + axis)
+    return mask.unsqueeze(2 if frames_first else 1)
+
+
+class TokenRows:
+    """Hooks on the blocks of one transformer. `rows` and `kept` say what the call in progress computes and keeps.
+
+    rows: int64 [B or 1, m] of the tokens to compute, None for all. kept: keys and values by attention; an attention
+    without an entry is left alone when all rows are computed, and sees the chosen rows only when some are.
+    layout: see `adapters.diffusion.Layout`.
+    """
+
+    def __init__(self, layout: Any) -> None:
+        self.layout = layout
+        self.rows: Tensor | None = None
+        self.tokens = 0
+        self.kept: dict[str, KeysValues] = {}
+        self._tables: tuple[Any, Any] = (None, None)
+
+    def install(self, patcher: Patcher, blocks: dict[str, Any]) -> None:
+        """Put the hooks on `blocks`, in the order in which they run."""
+        names = list(blocks)
+        for name, block in blocks.items():
+            patcher.before(block, self._before(block, first=name == names[0]))
+            if name == names[-1]:
+                patcher.after(block, self._scatter)
+            for attribute in self.layout.attention:
+                attention = getattr(block, attribute, None)
+                if attention is not None:
+                    patcher.wrap(attention, "forward", self._attend(f"{name}.{attribute}"))
+
+    def __enter__(self) -> TokenRows:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.rows, self.kept, self._tables = None, {}, (None, None)
+
+    def _before(self, block: Any, *, first: bool) -> Any:
+        signature = inspect.signature(type(block).forward)
+
+        def gather(_block: Any, args: Any, kwargs: Any) -> Any:
+            if self.rows is None:
+                return None
+            bound = signature.bind(block, *args, **kwargs)
+            given = bound.arguments
+            if first:
+                given["hidden_states"] = _take(given["hidden_states"], self.rows, 1)
+            if given.get(self.layout.rotary) is not None:
+                given[self.layout.rotary] = self._rotary(given[self.layout.rotary])
+            times = given.get(self.layout.times)
+            if times is not None and times.shape[1] == self.tokens and times.ndim > 2:
+                given[self.layout.times] = _take(times, self.rows, 1)
+            return bound.args[1:], bound.kwargs
+
+        return gather
+
+    def _rotary(self, tables: Any) -> Any:
+        source, taken = self._tables
+        if source is not tables:
+            assert self.rows is not None
+            axis = self.layout.rotary_dim
+            taken = tuple(self._take_table(table, axis) for table in tables)
+            self._tables = tables, taken
+        return taken
+
+    def _take_table(self, table: Tensor, axis: int) -> Tensor:
+        assert self.rows is not None
+        if axis:
+            return _take(table, self.rows, axis)
+        head = table.shape[0] - self.tokens if self.layout.rotary_text else 0
+        rows = self.rows[0] + head
+        if head:
+            rows = torch.cat([torch.arange(head, device=rows.device), rows])
+        return table.index_select(0, rows)
+
+    def _scatter(self, _block: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        if self.rows is None:
+            return None
+        place = self.layout.output
+        states = output if place is None else output[place]
+        whole = states.new_zeros(states.shape[0], self.tokens, states.shape[2])
+        whole.scatter_(1, self.rows[..., None].expand(states.shape), states)
+        if place is None:
+            return whole
+        return (*output[:place], whole, *output[place + 1 :])
+
+    def _attend(self, name: str) -> Callable[..., Any]:
+        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+            kept = self.kept.get(name)
+            if kept is None:
+                return call(*args, **kwargs)
+            with RowAttention(kept, self.rows, self.tokens, self.layout.text):
+                return call(*args, **kwargs)
+
+        return around
+
+
+def _take(values: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """Rows int64 [B or 1, m] of `values` [B or 1, N, ...] along axis 1."""
+    batch = max(values.shape[0], rows.shape[0])
+    shape = (batch, rows.shape[1], *values.shape[2:])
+    index = rows.view(*rows.shape, *[1] * (values.ndim - 2)).expand(shape)
+    return values.expand(batch, *values.shape[1:]).gather(axis, index)

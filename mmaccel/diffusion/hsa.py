@@ -1,0 +1,106 @@
+"""HSA: every token of a latent gets its own number of denoising steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mmaccel.errors import AdapterError, NotApplicableError
+from mmaccel.method import Info, Method, Stage, Touch, knob
+
+if TYPE_CHECKING:
+    from mmaccel.install import Installer
+    from mmaccel.targets import Target
+    from mmaccel.tokens.steps import StepPlan
+
+_SLOT = "on the steps of the diffusion transformer"
+
+
+@dataclass(frozen=True)
+class HSA(Method):
+    """Compute tokens whose velocity changes often, others seldom; attention sees the last keys and values of all.
+
+    Sentence: relative L1 change of a token's velocity between the last two whole steps -> groups with step divisors
+    -> rows whose turn it is -> reuse the velocity, keys and values of the rest -> all tokens advance together with
+    their latest velocity. "Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for
+    Efficient Video Generation" (2026); its body was not at hand, and the following is inferred: guided velocities are
+    scored, groups have the flattest shares that meet the runtime, tokens of a group take turns, the first and last
+    steps are whole, and fixed tokens (those of a conditioning image with timestep 0) go to the slowest group.
+    runtime 1 is the identity. The keys and values take 2 x layers x tokens x width numbers a clip and branch of
+    guidance; they are sized and logged before they are made, and refused where memory does not suffice.
+    """
+
+    runtime: float = knob(0.5, "fraction of the dense transformer time", above=0.0, high=1.0)
+    divisor: int = knob(8, "largest step divisor; divisors are its powers of two", low=2)
+    first: int | None = knob(None, "whole steps at the beginning; None has the solver choose", low=2)
+    last: int | None = knob(None, "whole steps at the end; None has the solver choose", low=0)
+    order: int = knob(0, "held velocities: 0 as they are, 1 carried on along their last change", choices=(0, 1))
+    memory: str = knob("full", "how keys and values are stored", choices=("full", "half", "fp8"))
+    layers: float = knob(
+        1.0, "fraction of layers that keep them; others attend among computed tokens", low=0.0, high=1.0
+    )
+    offload: bool = knob(False, "store keys and values in the memory of the CPU")
+
+    info: ClassVar[Info] = Info(
+        name="hsa", verb="reuse", stage=Stage.DIFFUSION,
+        summary="gives each token of a latent its own number of denoising steps",
+        source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
+        "Video Generation", year=2026, targets=("diffusion",), slots=(_SLOT,),
+    )  # fmt: skip
+
+    @property
+    def neutral(self) -> bool:
+        """Every token is computed at every step."""
+        return self.runtime == 1.0
+
+    @property
+    def divisors(self) -> tuple[int, ...]:
+        """Powers of two up to `divisor`, and `divisor` itself."""
+        powers = [1]
+        while powers[-1] * 2 < self.divisor:
+            powers.append(powers[-1] * 2)
+        return (*powers, self.divisor)
+
+    def plan(self, target: Target) -> list[Touch]:
+        """The transformers, their blocks and self-attentions.
+
+        Raises:
+            NotApplicableError: the transformer stands alone, its layout is not known, or the scheduler has no sigmas.
+        """
+        site = target.site
+        if site.pipeline is None:
+            raise NotApplicableError("hsa needs the schedule of a sampling run; give it the pipeline.")
+        try:
+            layout = site.layout
+        except AdapterError as error:
+            raise NotApplicableError(f"hsa: {error}") from None
+        if not hasattr(site.scheduler, "sigmas"):
+            raise NotApplicableError(
+                f"hsa holds velocities along sigmas, and {type(site.scheduler).__name__} has none; use a flow-matching "
+                "scheduler such as FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
+            )
+        touches = []
+        for number, transformer in enumerate(site.transformers):
+            name = "transformer" if not number else f"transformer_{number + 1}"
+            touches.append(Touch(name, "holds and merges velocities"))
+            for block, module in site.blocks(transformer).items():
+                touches.append(Touch(f"{name}.{block}", "computes the rows whose turn it is"))
+                touches += [
+                    Touch(f"{name}.{block}.{attention}", "attends to the keys and values of all rows")
+                    for attention in layout.attention
+                    if getattr(module, attention, None) is not None
+                ]
+        return touches
+
+    def install(self, installer: Installer) -> None:
+        """Put the hooks on."""
+        from mmaccel.core.held_velocity import HeldVelocity, Storage
+        from mmaccel.tokens.steps import step_plan
+
+        def plan(steps: int) -> StepPlan:
+            return step_plan(steps, self.runtime, divisors=self.divisors, first=self.first, last=self.last)
+
+        storage = Storage(self.memory, self.layers, self.offload)
+        HeldVelocity(installer.target.site, installer.report, self.info.name, plan, self.order, storage).install(
+            installer.patcher
+        )
