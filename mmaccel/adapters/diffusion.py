@@ -148,6 +148,10 @@ class Diffusion:
         guided = getattr(pipeline, "do_classifier_free_guidance", False)
         return 2 if guided and not type(pipeline).__name__.startswith(("Hunyuan", "Flux")) else 1
 
+    def output(self, transformer: Any, velocity: Tensor) -> Any:
+        """What a transformer returns when it is not asked for a tuple."""
+        return sys.modules[type(transformer).__module__].Transformer2DModelOutput(sample=velocity)
+
     def guidance(self, transformer: Any) -> float | None:
         """The guidance scale of the running call, None if the pipeline does not say."""
         pipeline = self.pipeline

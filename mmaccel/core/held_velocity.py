@@ -47,7 +47,7 @@ class Storage:
 
 @dataclass
 class _Branch:
-    """What one branch of guidance holds: the last velocity, the one before, how fast it changes, and since when."""
+    """What a branch of guidance holds: its last velocity, what was expected for it, how fast it changes, since when."""
 
     last: Tensor | None = None
     before: Tensor | None = None
@@ -64,9 +64,9 @@ class _Run:
     transformer: Any = None
     whole: int = -1
     branches: dict[int, _Branch] = field(default_factory=dict)
+    tokens: int = 0
     active: Tensor | None = None
     order: Tensor | None = None
-    rows: Tensor | None = None
 
 
 class HeldVelocity:
@@ -151,8 +151,14 @@ class HeldVelocity:
             branch.prompt, branch.text = prompt, {}
         return branch.text
 
-    def _partial(self, run: _Run, step: int) -> bool:
-        return run.plan.first <= step < run.plan.steps - run.plan.last and step != run.whole
+    def _rows(self, run: _Run, step: int) -> Tensor | None:
+        """Places in the order of need that a step computes, None for all."""
+        if not run.plan.first <= step < run.plan.steps - run.plan.last or step == run.whole:
+            return None
+        if run.active is None:
+            run.active = run.plan.active(run.tokens)
+        chosen = run.active[step - run.plan.first]
+        return None if chosen.all() else chosen.nonzero()[:, 0]
 
     def _step(
         self, call: Any, args: Any, kwargs: Any, given: dict[str, Any], run: _Run, branch: _Branch, at: Call,
@@ -160,34 +166,36 @@ class HeldVelocity:
     ) -> Any:  # fmt: skip
         latents, time = given["hidden_states"], given["timestep"]
         frames_first = self.site.frames_first(transformer)
-        patch = self.site.patch(transformer, latents.ndim - 2)
-        if frames_first:
-            patch = self.site.patch(transformer, 3)
-        if self._partial(run, at.step):
-            if at.branch == 0:
-                self._choose(run, at.step, latents, time, patch, frames_first, transformer)
-            assert run.rows is not None
-            rows.rows, rows.tokens, rows.kept = (
-                run.rows,
-                run.order.shape[1] if run.order is not None else 0,
-                branch.kept,
-            )
-            self.report.count(self.name, "transformer", rows.tokens, run.rows.shape[1])
-            velocity, rebuild = _velocity(call(*args, **kwargs))
-            chosen = torch.zeros(run.rows.shape[0], rows.tokens, dtype=torch.bool, device=velocity.device)
-            chosen.scatter_(1, run.rows, True)
-            return rebuild(self._merge(branch, velocity, token_mask(chosen, velocity, patch, frames_first), time))
-        tokens = self._tokens(latents, patch, frames_first)
-        self.report.count(self.name, "transformer", tokens, tokens)
-        rows.tokens = tokens
-        if self._partial(run, at.step + 1):
-            if not branch.kept:
-                self._allocate(run, branch, at, tokens, latents, transformer)
-            rows.kept = branch.kept
-        output = call(*args, **kwargs)
-        velocity, _ = _velocity(output)
-        self._whole(branch, velocity, time)
-        return output
+        patch = self.site.patch(transformer, 3 if frames_first else latents.ndim - 2)
+        rows.tokens = run.tokens = self._tokens(latents, patch, frames_first)
+        chosen = self._rows(run, at.step)
+        count = run.tokens if chosen is None else len(chosen)
+        self.report.count(self.name, "transformer", run.tokens, count)
+        if chosen is None:
+            if self._rows(run, at.step + 1) is not None and not branch.kept:
+                self._allocate(run, branch, at, run.tokens, latents, transformer)
+            rows.kept, run.order = branch.kept, None
+            output = call(*args, **kwargs)
+            self._whole(branch, _velocity(output)[0], time)
+            return output
+        if run.order is None:
+            self._score(run, latents, time, patch, frames_first, transformer)
+        assert run.order is not None
+        if not count:
+            held = self._merge(branch, None, None, time)
+            return (held,) if given.get("return_dict") is False else self.site.output(transformer, held)
+        rows.kept = branch.kept
+        rows.rows = self._places(run, chosen, latents)
+        velocity, rebuild = _velocity(call(*args, **kwargs))
+        computed = torch.zeros(rows.rows.shape[0], run.tokens, dtype=torch.bool, device=velocity.device)
+        computed.scatter_(1, rows.rows, value=True)
+        return rebuild(self._merge(branch, velocity, token_mask(computed, velocity, patch, frames_first), time))
+
+    def _places(self, run: _Run, chosen: Tensor, latents: Tensor) -> Tensor:
+        assert run.order is not None
+        rows = run.order.index_select(1, chosen.to(run.order.device)).sort(1).values
+        parts = self.site.parts(latents)
+        return rows if rows.shape[0] == 1 or parts == 1 else rows.repeat(parts, 1)
 
     def _tokens(self, latents: Tensor, patch: tuple[int, ...], frames_first: bool) -> int:
         if not patch:
@@ -202,43 +210,41 @@ class HeldVelocity:
 
     def _whole(self, branch: _Branch, velocity: Tensor, time: Tensor) -> None:
         now = time.detach().float().max()
+        branch.before = branch.last
         if self.order and branch.last is not None and branch.since is not None:
-            branch.slope = (velocity - branch.last) / _gap(now - branch.since).to(velocity.dtype)
-        branch.before, branch.last = branch.last, velocity.detach().clone()
+            gap = _gap(now - branch.since).to(velocity.dtype)
+            if branch.slope is not None:
+                branch.before = branch.last + branch.slope * gap
+            branch.slope = (velocity - branch.last) / gap
+        branch.last = velocity.detach().clone()
         branch.since = now
 
-    def _merge(self, branch: _Branch, velocity: Tensor, mask: Tensor, time: Tensor) -> Tensor:
+    def _merge(self, branch: _Branch, velocity: Tensor | None, mask: Tensor | None, time: Tensor) -> Tensor:
         last = branch.last
         assert last is not None
-        now = time.detach().float().max()
         if not self.order or branch.slope is None:
-            branch.last = torch.where(mask, velocity, last)
-            return branch.last.clone()
-        gap = _gap(now - branch.since).to(velocity.dtype)
-        merged = torch.where(mask, velocity, last + branch.slope * gap)
+            if velocity is not None and mask is not None:
+                branch.last = last = torch.where(mask, velocity, last)
+            return last.clone()
+        now = time.detach().float().max()
+        gap = _gap(now - branch.since).to(last.dtype)
+        held = last + branch.slope * gap
+        if velocity is None or mask is None:
+            return held
         branch.slope = torch.where(mask, (velocity - last) / gap, branch.slope)
         branch.last = torch.where(mask, velocity, last)
         branch.since = torch.where(mask, now, branch.since)
-        return merged
+        return torch.where(mask, velocity, held)
 
-    def _choose(
-        self, run: _Run, step: int, latents: Tensor, time: Tensor, patch: tuple[int, ...], frames_first: bool,
-        transformer: Any,
-    ) -> None:  # fmt: skip
-        parts = self.site.parts(latents)
-        if run.order is None:
-            score = self._need(run, parts, patch, frames_first, transformer)
-            if time.ndim == 2 and time.shape[1] == score.shape[1]:
-                fixed = time[: score.shape[0]] == 0
-                score = score.masked_fill(fixed, -1.0)
-            if self.site.layout.one_choice:
-                score = score.mean(0, keepdim=True)
-            run.order = score.sort(dim=1, descending=True, stable=True).indices
-            run.active = run.plan.active(score.shape[1]).to(score.device)
-        assert run.active is not None
-        chosen = run.active[step - run.plan.first].nonzero()[:, 0]
-        rows = run.order.index_select(1, chosen).sort(1).values
-        run.rows = rows if rows.shape[0] == 1 or parts == 1 else rows.repeat(parts, 1)
+    def _score(
+        self, run: _Run, latents: Tensor, time: Tensor, patch: tuple[int, ...], frames_first: bool, transformer: Any
+    ) -> None:
+        score = self._need(run, self.site.parts(latents), patch, frames_first, transformer)
+        if time.ndim == 2 and time.shape[1] == score.shape[1]:
+            score = score.masked_fill(time[: score.shape[0]] == 0, -1.0)
+        if self.site.layout.one_choice:
+            score = score.mean(0, keepdim=True)
+        run.order = score.sort(dim=1, descending=True, stable=True).indices
 
     def _need(self, run: _Run, parts: int, patch: tuple[int, ...], frames_first: bool, transformer: Any) -> Tensor:
         """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmaccel.errors import AdapterError, NotApplicableError
+from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ class HSA(Method):
     """
 
     runtime: float = knob(0.5, "fraction of the dense transformer time", above=0.0, high=1.0)
-    divisor: int = knob(8, "largest step divisor; divisors are its powers of two", low=2)
+    divisors: int | str | None = knob(None, "step divisors of the groups, joined by -; None has the solver choose")
+    staggered: bool = knob(False, "tokens of a group take turns, so that steps cost alike")
     first: int | None = knob(None, "whole steps at the beginning; None has the solver choose", low=2)
     last: int | None = knob(None, "whole steps at the end; None has the solver choose", low=0)
-    order: int = knob(0, "held velocities: 0 as they are, 1 carried on along their last change", choices=(0, 1))
+    order: int = knob(1, "held velocities: 0 as they are, 1 carried on along their last change", choices=(0, 1))
     memory: str = knob("full", "how keys and values are stored", choices=("full", "half", "fp8"))
     layers: float = knob(
         1.0, "fraction of layers that keep them; others attend among computed tokens", low=0.0, high=1.0
@@ -53,13 +54,11 @@ class HSA(Method):
         """Every token is computed at every step."""
         return self.runtime == 1.0
 
-    @property
-    def divisors(self) -> tuple[int, ...]:
-        """Powers of two up to `divisor`, and `divisor` itself."""
-        powers = [1]
-        while powers[-1] * 2 < self.divisor:
-            powers.append(powers[-1] * 2)
-        return (*powers, self.divisor)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = [] if self.divisors is None else str(self.divisors).split("-")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
+            raise MethodError(f"hsa: divisors={self.divisors!r} are not different whole numbers joined by -.")
 
     def plan(self, target: Target) -> list[Touch]:
         """The transformers, their blocks and self-attentions.
@@ -98,7 +97,15 @@ class HSA(Method):
         from mmaccel.tokens.steps import step_plan
 
         def plan(steps: int) -> StepPlan:
-            return step_plan(steps, self.runtime, divisors=self.divisors, first=self.first, last=self.last)
+            divisors = () if self.divisors is None else tuple(sorted(map(int, str(self.divisors).split("-"))))
+            return step_plan(
+                steps,
+                self.runtime,
+                divisors=divisors,
+                first=self.first,
+                last=self.last,
+                staggered=self.staggered,
+            )
 
         storage = Storage(self.memory, self.layers, self.offload)
         HeldVelocity(installer.target.site, installer.report, self.info.name, plan, self.order, storage).install(

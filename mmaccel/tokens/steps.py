@@ -26,6 +26,7 @@ class StepPlan:
     last: int
     divisors: tuple[int, ...]
     shares: tuple[float, ...]
+    staggered: bool = False
 
     @property
     def window(self) -> int:
@@ -35,14 +36,16 @@ class StepPlan:
     def active(self, tokens: int) -> Tensor:
         """Who is computed when: bool [window, tokens], tokens in the order of their need, the neediest first.
 
-        Tokens of one divisor take turns, so that the steps cost alike.
+        Counted from the last whole step, a token of divisor d is computed at every d-th step. Groups are aligned, so
+        that a token is never computed beside staler neighbours than its own divisor asks for; `staggered` has the
+        tokens of a group take turns instead, so that steps cost alike.
         """
-        edges = [round(tokens * part) for part in torch.tensor(self.shares).cumsum(0).tolist()]
+        edges = [round(tokens * part) for part in torch.tensor(self.shares, dtype=torch.float64).cumsum(0).tolist()]
         counts = [end - begin for begin, end in zip([0, *edges], edges, strict=False)]
         counts[-1] += tokens - sum(counts)
         divisor = torch.repeat_interleave(torch.tensor(self.divisors), torch.tensor(counts))
-        turn = torch.arange(tokens) % divisor
-        return torch.arange(self.window)[:, None] % divisor == turn
+        turn = torch.arange(tokens) % divisor if self.staggered else 0
+        return (torch.arange(1, self.window + 1)[:, None] + turn) % divisor == 0
 
     def runtime(self, tokens: int) -> float:
         """The fraction of all token evaluations that this plan makes."""
@@ -54,49 +57,69 @@ class StepPlan:
 def smallest_runtime(steps: int, first: int, last: int, divisor: int) -> float:
     """The runtime with every token at one divisor between the dense steps."""
     dense = min(steps, first + last)
-    return (dense + (steps - dense) / divisor) / steps
+    return (dense + (steps - dense) // divisor) / steps
 
 
 def step_plan(
-    steps: int, runtime: float, *, divisors: tuple[int, ...], first: int | None = None, last: int | None = None,
-    least: tuple[int, int] = (2, 1), dense: float = 0.4,
+    steps: int, runtime: float, *, divisors: tuple[int, ...] = (), first: int | None = None, last: int | None = None,
+    largest: int = 16, staggered: bool = False,
 ) -> StepPlan:  # fmt: skip
     """Find dense steps and shares of the divisors so that `runtime * steps` dense steps' worth of tokens is computed.
 
-    first, last: dense steps at both ends; None has `dense` of the work done there, but at least `least`, four fifths
-    of it at the beginning. The shares are the flattest that meet the budget (the distribution of largest entropy).
+    first, last: dense steps at both ends, by default a thirteenth of the steps (at least 2) and none. divisors: by
+    default d and 2 d, d being the largest for which the budget suffices, so that all tokens meet at every other turn;
+    `largest` bounds d. The shares of several divisors are the flattest that meet the budget (the distribution of
+    largest entropy); divisors that cannot meet it from above come as near as they can from below.
 
     Raises:
         MethodError: `runtime` cannot be reached; the message names the smallest runtime that can.
     """
     if runtime >= 1.0:
-        return StepPlan(steps, steps, 0, divisors, (1.0, *(0.0,) * (len(divisors) - 1)))
+        return StepPlan(steps, steps, 0, (1,), (1.0,))
+    last = 0 if last is None else last
     budget = runtime * steps
-    fewest = (least[0] if first is None else first, least[1] if last is None else last)
-    smallest = smallest_runtime(steps, *fewest, max(divisors))
-    if runtime < smallest - 1e-9 or sum(fewest) >= steps:
-        raise MethodError(
-            f"runtime={runtime:g} cannot be reached in {steps} steps: the first {fewest[0]} and the last {fewest[1]} "
-            f"compute everything, and the largest divisor is {max(divisors)}; the smallest runtime is "
-            f"{math.ceil(smallest * 1000) / 1000:g}"
-            + (". With so few steps it does not pay; remove the method." if smallest > 0.7 else ".")
-        )
-    total = max(sum(fewest), round(dense * budget))
-    while total > sum(fewest) and (budget - total) / (steps - total) < 1.0 / max(divisors):
-        total -= 1
-    if last is None:
-        last = max(least[1], round(total / 5)) if first is None else max(least[1], min(total - first, round(total / 5)))
-    if first is None:
-        first = max(least[0], total - last)
-    share = (budget - first - last) / (steps - first - last)
-    return StepPlan(steps, first, last, divisors, _flattest(divisors, min(1.0, max(share, 1.0 / max(divisors)))))
+    limit = max(divisors, default=largest)
+    usual = max(2, round(steps / 13))
+    begins = (*range(usual, 1, -1), *range(usual + 1, steps - last)) if first is None else (first,)
+    best: tuple[float, StepPlan] | None = None
+    for begin in begins:
+        window = steps - begin - last
+        if window < 1:
+            continue
+        share = (budget - begin - last) / window
+        groups = divisors or _pair(share, window, largest)
+        rates = [window // divisor / window for divisor in groups]
+        if share < min(rates) - 1e-9:
+            continue
+        spent = begin + last + min(share, max(rates)) * window
+        if best is None or spent > best[0] + 1e-9:
+            best = spent, StepPlan(steps, begin, last, groups, _flattest(rates, min(share, max(rates))), staggered)
+        if share <= max(rates) + 1e-9:
+            break
+    if best is not None:
+        return best[1]
+    fewest = 2 if first is None else first
+    smallest = smallest_runtime(steps, fewest, last, limit)
+    raise MethodError(
+        f"runtime={runtime:g} cannot be reached in {steps} steps: {fewest} at the beginning and {last} at the end "
+        f"compute everything, and the largest divisor is {limit}; the smallest runtime is "
+        f"{math.ceil(smallest * 1000) / 1000:g}."
+        + (" With so few steps it does not pay; remove the method." if steps < 10 else "")
+    )
 
 
-def _flattest(divisors: tuple[int, ...], mean: float) -> tuple[float, ...]:
-    rates = torch.tensor([1.0 / divisor for divisor in divisors], dtype=torch.float64)
+def _pair(share: float, window: int, largest: int) -> tuple[int, ...]:
+    if share <= 0:
+        return (largest,)
+    divisor = next((d for d in range(largest, 0, -1) if window // d / window >= share - 1e-9), 1)
+    return (divisor, 2 * divisor)
+
+
+def _flattest(rates: list[float], mean: float) -> tuple[float, ...]:
+    known = torch.tensor(rates, dtype=torch.float64)
     low, high = -1e4, 1e4
     for _ in range(200):
         tilt = (low + high) / 2
-        shares = torch.softmax(tilt * rates, 0)
-        low, high = (tilt, high) if float(shares @ rates) < mean else (low, tilt)
+        shares = torch.softmax(tilt * known, 0)
+        low, high = (tilt, high) if float(shares @ known) < mean else (low, tilt)
     return tuple(shares.tolist())

@@ -1,0 +1,273 @@
+"""HSA: identity, exact rows, telescoping, budgets, memory, and what must not be left behind."""
+
+from __future__ import annotations
+
+import itertools
+
+import diffusers
+import pytest
+import torch
+
+import mmaccel
+from mmaccel.core import held_velocity
+from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
+from mmaccel.tiny.pipelines import tiny_wan_pipeline
+from mmaccel.tokens.steps import step_plan
+
+torch.set_num_threads(1)
+
+
+def generate(pipe, seed=0, steps=12, prompt="a word", **more):
+    size = {"height": 32, "width": 48, "num_frames": 9}
+    count = len(prompt) if isinstance(prompt, list) else 1
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    return pipe(
+        prompt, num_inference_steps=steps, output_type="latent", generator=generators, **{**size, **more}
+    ).frames  # fmt: skip
+
+
+def euler(pipe):
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return pipe
+
+
+def traces(pipe):
+    return {
+        name: (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in pipe.transformer.named_modules()
+    }
+
+
+def test_runtime_one_is_the_identity():
+    pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, "hsa:runtime=1.0"):
+        assert torch.equal(generate(pipe), generate(twin))
+
+
+def test_whole_steps_are_bit_identical_and_only_the_window_differs():
+    """Until the first partial step the latents are those of the unmodified pipeline."""
+    pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    seen = {}
+
+    def keep(name):
+        def callback(_pipe, step, _time, values):
+            seen[name, step] = values["latents"].clone()
+            return values
+
+        return callback
+
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.6, first=4)):
+        generate(pipe, callback_on_step_end=keep("ours"))
+    generate(twin, callback_on_step_end=keep("dense"))
+    equal = [torch.equal(seen["ours", step], seen["dense", step]) for step in range(12)]
+    assert equal[:4] == [True] * 4
+    assert not any(equal[5:])
+
+
+def test_held_tokens_telescope_with_euler():
+    """One group at divisor 3 is Euler over a schedule of which every third point is kept."""
+    pipe, twin = euler(tiny_wan_pipeline()), euler(tiny_wan_pipeline())
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, divisors=3, first=2, last=0, order=0)):
+        ours = generate(pipe, steps=11)
+    twin.scheduler.set_timesteps(11)
+    sigmas = twin.scheduler.sigmas
+    computed = [0, 1, 4, 7, 10]  # counted from the last whole step, step 1
+    custom = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    original = custom.set_timesteps
+
+    def table(*_, **more):
+        original(sigmas=[float(sigmas[step]) for step in computed], device=more.get("device"))
+
+    custom.set_timesteps = table
+    twin.scheduler = custom
+    assert torch.allclose(ours, generate(twin, steps=5), atol=2e-5)
+
+
+class AllRows:
+    """Self-attention of every row, over the keys and values of the step before at rows that `computed` leaves out."""
+
+    def __init__(self):
+        self.before, self.computed = None, None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        def turned(x):
+            cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+            pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.complex(cos.double(), sin.double())).flatten(-2).float()
+
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        query, key = (turned(x.unflatten(2, (attn.heads, -1))) for x in (query, key))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        if self.computed is not None:
+            mask = self.computed[:, :, None, None]
+            key, value = torch.where(mask, key, self.before[0]), torch.where(mask, value, self.before[1])
+        self.before = key, value
+        weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(query.shape[-1] ** -0.5).softmax(-1)
+        return attn.to_out[0](torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_partial_step_is_that_of_all_rows_with_old_keys_and_values(order):
+    """Rows that were not computed carry on along the line through their last two velocities (or stay)."""
+    pipe, twin = euler(tiny_wan_pipeline()), tiny_wan_pipeline()
+    record = []
+
+    def spy(_module, _args, kwargs, output):
+        record.append((dict(kwargs), output[0].clone()))
+
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.9, divisors="1-2", first=2, order=order)) as handle:
+        hook = pipe.transformer.register_forward_hook(spy, with_kwargs=True)
+        generate(pipe, steps=4, guidance_scale=1.0)
+        hook.remove()
+        counted = handle.report().as_dict()["tokens"][0]
+    skipped = counted["tokens_in"] - counted["tokens_out"]
+    assert skipped > 0
+    (_, before), (given, last), (partial, found), _ = record
+    held = last
+    if order:
+        held = last + (last - before) / (given["timestep"] - record[0][0]["timestep"]) * (
+            partial["timestep"] - given["timestep"]
+        )
+    same = torch.isclose(found, held, atol=1e-6).all(1)[0]
+    tokens = same.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).movedim(2, 3).flatten(3).all(3).flatten()
+    assert tokens.sum() == skipped
+    processors = [AllRows() for _ in twin.transformer.blocks]
+    for block, processor in zip(twin.transformer.blocks, processors, strict=True):
+        block.attn1.set_processor(processor)
+    with torch.no_grad():
+        assert torch.allclose(twin.transformer(**given)[0], last, atol=1e-5)
+        for processor in processors:
+            processor.computed = ~tokens[None]
+        expected = twin.transformer(**partial)[0]
+    assert torch.allclose(torch.where(same, held, expected), found, atol=1e-5)
+
+
+def test_a_full_step_after_skipping_depends_on_its_latents_only():
+    pipe, twin = euler(tiny_wan_pipeline()), tiny_wan_pipeline()
+    calls = []
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, last=2)):
+        pipe.transformer.register_forward_hook(
+            lambda _m, _a, kwargs, output: calls.append(({**kwargs}, output[0].clone())), with_kwargs=True
+        )
+        generate(pipe, guidance_scale=1.0)
+    with torch.no_grad():
+        for kwargs, output in calls[-2:]:
+            assert torch.equal(twin.transformer(**kwargs)[0], output)
+
+
+def test_second_call_padded_batch_and_changes_between_calls():
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        first = generate(pipe)
+        generate(pipe, steps=16, height=48, guidance_scale=1.0)
+        both = generate(pipe, prompt=["a word", "another longer text"])
+        assert torch.equal(generate(pipe), first)
+        assert torch.allclose(both[:1], first, atol=1e-4)
+        second = generate(pipe, prompt="another longer text", seed=1)
+        assert torch.allclose(both[1:], second, atol=1e-4)
+
+
+def test_undo_is_exact_in_any_order_with_diffusers_own_cache():
+    pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    generate(pipe), generate(twin)
+    before = traces(twin)
+    one = mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5))
+    generate(pipe)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    one.remove()
+    twin.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    assert torch.equal(generate(pipe), generate(twin))
+    assert traces(pipe) == traces(twin)
+    assert before != traces(twin)
+
+
+def test_a_call_that_raised_does_not_poison_the_next_and_two_pipelines_are_apart():
+    pipe, other = tiny_wan_pipeline(), tiny_wan_pipeline(seed=1)
+    dense = generate(other)
+
+    def stop(_pipe, step, *_):
+        if step == 5:
+            raise RuntimeError("enough")
+        return {}
+
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+        expected = generate(pipe)
+        with pytest.raises(RuntimeError, match="enough"):
+            generate(pipe, seed=3, callback_on_step_end=stop)
+        assert torch.equal(generate(pipe), expected)
+        assert torch.equal(generate(other), dense)
+        with handle.paused():
+            assert torch.equal(generate(pipe), generate(tiny_wan_pipeline()))
+
+
+def test_it_works_with_offloaded_models():
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        expected = generate(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        assert torch.equal(generate(pipe), expected)
+
+
+@pytest.mark.parametrize(("memory", "near"), [("half", 0.05), ("fp8", 0.2)])
+def test_stored_precision_stays_near(memory, near):
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        full = generate(pipe)
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, memory=memory)):
+        lossy = generate(pipe)
+    assert 0 < (lossy - full).norm() / full.norm() < near
+
+
+def test_memory_is_computed_exactly_and_refused_before_it_is_made(monkeypatch):
+    pipe = tiny_wan_pipeline()
+    # 2 (K, V) x 3 layers x 18 tokens x width x 4 bytes x 2 branches
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    wanted = 2 * 3 * 18 * width * 4 * 2
+    monkeypatch.setattr(held_velocity, "free_memory", lambda *_: wanted - 1)
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        with pytest.raises(MethodError, match=r"memory=half;layers=1 .*"):
+            generate(pipe)
+        monkeypatch.setattr(held_velocity, "free_memory", lambda *_: wanted)
+        generate(pipe)
+
+
+def test_plans_meet_their_budget():
+    for steps, runtime in itertools.product((12, 20, 28, 40, 50), (0.3, 0.4, 0.5, 0.65, 0.8, 0.95)):
+        plan = step_plan(steps, runtime)
+        inside = plan.active(1000)
+        brute = 0.0
+        for step in range(steps):
+            dense = step < plan.first or step >= steps - plan.last
+            brute += 1.0 if dense else int(inside[step - plan.first].sum()) / 1000
+        assert brute / steps == pytest.approx(runtime, abs=0.02)
+        assert plan.runtime(1000) == pytest.approx(brute / steps)
+        assert sum(plan.shares) == pytest.approx(1.0)
+
+
+def test_the_smallest_runtime_is_named_and_can_be_reached():
+    with pytest.raises(MethodError, match=r"smallest runtime is 0\.1") as caught:
+        step_plan(40, 0.05)
+    smallest = float(str(caught.value).split("smallest runtime is ")[1].rstrip("."))
+    assert step_plan(40, smallest + 1e-3).runtime(1000) == pytest.approx(smallest, abs=0.01)
+    with pytest.raises(MethodError, match="does not pay"):
+        step_plan(4, 0.25)
+
+
+def test_misuse_is_refused():
+    pipe = tiny_wan_pipeline()
+    with pytest.raises(NotApplicableError, match="give it the pipeline"):
+        mmaccel.accelerate(pipe.transformer, "hsa")
+    with pytest.raises(MethodError, match="divisors"):
+        mmaccel.HSA(divisors="2-x")
+    with mmaccel.accelerate(pipe, "hsa:runtime=0.5"):
+        with pytest.raises(ConflictError):
+            mmaccel.accelerate(pipe, "first-block-cache")
+        with pytest.raises(ConflictError):
+            mmaccel.accelerate(pipe, "hsa:runtime=0.4")
+        with pytest.raises(NonFiniteError, match="latents"):
+            generate(pipe, latents=torch.full((1, 16, 3, 4, 6), float("nan")))
+        generate(pipe)
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(NotApplicableError, match="sigmas"):
+        mmaccel.accelerate(pipe, "hsa")
