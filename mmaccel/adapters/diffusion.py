@@ -30,16 +30,16 @@ class Layout:
     """How a family of transformers treats the tokens of a latent.
 
     blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token. text:
-    where the prompt's tokens stand among the keys of these, if they are there. rotary: the block's argument with a
-    pair of rotary tables; rotary_dim: their token axis; rotary_text: whether they begin with rows for the prompt.
-    times: the block's argument that may hold one time embedding a token. output: which of a block's outputs are the
-    latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
+    where the prompt's tokens stand among the keys of these, if they are there. rotary: names that a block's argument
+    with a pair of rotary tables may have; rotary_dim: their token axis; rotary_text: whether they begin with rows for
+    the prompt. times: the block's argument that may hold one time embedding a token. output: which of a block's
+    outputs are the latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention: tuple[str, ...] = ("attn1",)
     text: Literal["none", "first", "last"] = "none"
-    rotary: str = ""
+    rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
     rotary_text: bool = False
     times: str = ""
@@ -55,18 +55,18 @@ class Layout:
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), rotary="rotary_emb", times="temb",
+        blocks=("blocks",), rotary=("rotary_emb",), times="temb",
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"),
     ),
-    "LTXVideoTransformer3DModel": Layout(rotary="image_rotary_emb", times="temb", projections=_CROSS),
+    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb", "freqs_cis"), times="temb", projections=_CROSS),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
-        rotary="image_rotary_emb", rotary_dim=0, output=0,
+        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0,
     ),
-    "CogVideoXTransformer3DModel": Layout(text="first", rotary="image_rotary_emb", rotary_dim=0, output=0),
+    "CogVideoXTransformer3DModel": Layout(text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0),
     "FluxTransformer2DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
-        rotary="image_rotary_emb", rotary_dim=0, rotary_text=True, output=1,
+        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, rotary_text=True, output=1,
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
     "PixArtTransformer2DModel": Layout(projections=_CROSS),
@@ -122,9 +122,10 @@ class Diffusion:
         """The arguments of a call of a transformer, by name."""
         return inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
 
-    def patch(self, transformer: Any, axes: int) -> tuple[int, ...]:
-        """Latents to a token along each of the last `axes` axes; () where the pipeline has made tokens already."""
-        if not axes:
+    def patch(self, transformer: Any, latents: Tensor) -> tuple[int, ...]:
+        """Latents to a token along (time,) height and width; () for [B, N, C], which are tokens already."""
+        axes = latents.ndim - 2
+        if axes == 1:
             return ()
         size = transformer.config.patch_size
         sizes = tuple(size) if isinstance(size, (list, tuple)) else (size,) * min(axes, 2)

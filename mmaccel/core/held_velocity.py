@@ -166,7 +166,7 @@ class HeldVelocity:
     ) -> Any:  # fmt: skip
         latents, time = given["hidden_states"], given["timestep"]
         frames_first = self.site.frames_first(transformer)
-        patch = self.site.patch(transformer, 3 if frames_first else latents.ndim - 2)
+        patch = self.site.patch(transformer, latents)
         rows.tokens = run.tokens = self._tokens(latents, patch, frames_first)
         chosen = self._rows(run, at.step)
         count = run.tokens if chosen is None else len(chosen)
@@ -222,7 +222,7 @@ class HeldVelocity:
     def _merge(self, branch: _Branch, velocity: Tensor | None, mask: Tensor | None, time: Tensor) -> Tensor:
         last = branch.last
         assert last is not None
-        if not self.order or branch.slope is None:
+        if not self.order or branch.slope is None or branch.since is None:
             if velocity is not None and mask is not None:
                 branch.last = last = torch.where(mask, velocity, last)
             return last.clone()

@@ -87,8 +87,9 @@ class TokenRows:
             given = bound.arguments
             if first:
                 given["hidden_states"] = _take(given["hidden_states"], self.rows, 1)
-            if given.get(self.layout.rotary) is not None:
-                given[self.layout.rotary] = self._rotary(given[self.layout.rotary])
+            for name in self.layout.rotary:
+                if given.get(name) is not None:
+                    given[name] = self._rotary(given[name])
             times = given.get(self.layout.times)
             if times is not None and times.shape[1] == self.tokens and times.ndim > 2:
                 given[self.layout.times] = _take(times, self.rows, 1)

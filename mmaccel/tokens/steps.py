@@ -117,7 +117,7 @@ def _pair(share: float, window: int, largest: int) -> tuple[int, ...]:
 
 def _flattest(rates: list[float], mean: float) -> tuple[float, ...]:
     known = torch.tensor(rates, dtype=torch.float64)
-    low, high = -1e4, 1e4
+    low, high, shares = -1e4, 1e4, known
     for _ in range(200):
         tilt = (low + high) / 2
         shares = torch.softmax(tilt * known, 0)

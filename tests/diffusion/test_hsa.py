@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import diffusers
 import pytest
@@ -14,10 +15,12 @@ from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplic
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
 from mmaccel.tokens.steps import step_plan
 
+# diffusers exports its classes lazily, out of sight of a type checker
+library: Any = diffusers
 torch.set_num_threads(1)
 
 
-def generate(pipe, seed=0, steps=12, prompt="a word", **more):
+def generate(pipe, seed=0, steps=12, prompt: Any = "a word", **more):
     size = {"height": 32, "width": 48, "num_frames": 9}
     count = len(prompt) if isinstance(prompt, list) else 1
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
@@ -27,7 +30,7 @@ def generate(pipe, seed=0, steps=12, prompt="a word", **more):
 
 
 def euler(pipe):
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.scheduler = library.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return pipe
 
 
@@ -72,7 +75,7 @@ def test_held_tokens_telescope_with_euler():
     twin.scheduler.set_timesteps(11)
     sigmas = twin.scheduler.sigmas
     computed = [0, 1, 4, 7, 10]  # counted from the last whole step, step 1
-    custom = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    custom = library.FlowMatchEulerDiscreteScheduler(shift=1.0)
     original = custom.set_timesteps
 
     def table(*_, **more):
@@ -86,10 +89,10 @@ def test_held_tokens_telescope_with_euler():
 class AllRows:
     """Self-attention of every row, over the keys and values of the step before at rows that `computed` leaves out."""
 
-    def __init__(self):
-        self.before, self.computed = None, None
+    before: Any = None
+    computed: Any = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None):
         def turned(x):
             cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
             pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
@@ -169,13 +172,14 @@ def test_second_call_padded_batch_and_changes_between_calls():
 
 def test_undo_is_exact_in_any_order_with_diffusers_own_cache():
     pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
-    generate(pipe), generate(twin)
+    generate(pipe)
+    generate(twin)
     before = traces(twin)
     one = mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5))
     generate(pipe)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    pipe.transformer.enable_cache(library.FirstBlockCacheConfig(threshold=0.5))
     one.remove()
-    twin.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    twin.transformer.enable_cache(library.FirstBlockCacheConfig(threshold=0.5))
     assert torch.equal(generate(pipe), generate(twin))
     assert traces(pipe) == traces(twin)
     assert before != traces(twin)
@@ -268,6 +272,6 @@ def test_misuse_is_refused():
         with pytest.raises(NonFiniteError, match="latents"):
             generate(pipe, latents=torch.full((1, 16, 3, 4, 6), float("nan")))
         generate(pipe)
-    pipe.scheduler = diffusers.DDIMScheduler()
+    pipe.scheduler = library.DDIMScheduler()
     with pytest.raises(NotApplicableError, match="sigmas"):
         mmaccel.accelerate(pipe, "hsa")
