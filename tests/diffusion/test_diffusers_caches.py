@@ -13,7 +13,13 @@ from mmaccel.tiny.pipelines import tiny_wan_pipeline
 from tests.diffusion.test_first_block_cache import generate, traces
 
 RATIOS = (1.0, 1.01, 0.99, 1.02, 0.98, 1.01)
-NEUTRAL = ["taylorseer:interval=1", "magcache:max_skip=0", "pab:every=1", "fewer-steps:keep=1.0"]
+NEUTRAL = [
+    "taylorseer:interval=1",
+    "magcache:max_skip=0",
+    "pab:every=1",
+    "seacache:threshold=0.0",
+    "fewer-steps:keep=1.0",
+]
 
 
 def active():
@@ -21,12 +27,13 @@ def active():
         "first-block-cache": mmaccel.FirstBlockCache(threshold=10.0),
         "taylorseer": mmaccel.TaylorSeer(interval=3, warmup=2),
         "magcache": mmaccel.MagCache(threshold=1.0, ratios=RATIOS),
+        "seacache": mmaccel.SeaCache(threshold=10.0),
         "pab": mmaccel.PAB(every=2, start=0, stop=1000),
     }
 
 
 def theirs(name, pipe):
-    from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+    from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig
     from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
     everywhere = (0, 1000)
@@ -37,6 +44,7 @@ def theirs(name, pipe):
             cache_identifiers=[r"blocks\.\d+\.(attn1|attn2|ffn)"],
         ),
         "magcache": lambda: MagCacheConfig(threshold=1.0, mag_ratios=list(RATIOS), num_inference_steps=6),
+        "seacache": lambda: SeaCacheConfig(threshold=10.0),
         "pab": lambda: PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2, cross_attention_block_skip_range=1,
             spatial_attention_timestep_skip_range=everywhere, current_timestep_callback=lambda: pipe.current_timestep,
@@ -44,7 +52,7 @@ def theirs(name, pipe):
     }[name]()  # fmt: skip
 
 
-every = pytest.mark.parametrize("name", ["first-block-cache", "taylorseer", "magcache", "pab"])
+every = pytest.mark.parametrize("name", ["first-block-cache", "taylorseer", "magcache", "seacache", "pab"])
 
 
 @every
