@@ -65,7 +65,7 @@ class MagCache(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """With ratios, or measuring them."""
-        from diffusers.hooks import MagCacheConfig
+        from diffusers import MagCacheConfig
 
         measure = self.ratios is None
         return MagCacheConfig(

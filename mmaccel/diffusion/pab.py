@@ -50,7 +50,7 @@ class PAB(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The same range for all attentions."""
-        from diffusers.hooks import PyramidAttentionBroadcastConfig
+        from diffusers import PyramidAttentionBroadcastConfig
 
         inside = (self.start, self.stop)
         return PyramidAttentionBroadcastConfig(

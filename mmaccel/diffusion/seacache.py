@@ -59,7 +59,7 @@ class SeaCache(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The knobs."""
-        from diffusers.hooks import SeaCacheConfig
+        from diffusers import SeaCacheConfig
 
         return SeaCacheConfig(threshold=self.threshold, residual_order=self.order, max_consecutive_cached=self.max_skip)
 

@@ -33,7 +33,7 @@ def active():
 
 
 def theirs(name, pipe):
-    from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig
+    from diffusers import MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig
     from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
     everywhere = (0, 1000)
@@ -93,10 +93,11 @@ def test_undo_leaves_what_an_untouched_twin_has(name, calls):
 
 @every
 def test_hooks_of_the_user_around_ours_stay(name):
-    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Add(ModelHook):
         def new_forward(self, module, *args, **kwargs):
+            assert self.fn_ref.original_forward is not None
             return self.fn_ref.original_forward(*args, **kwargs) + 0.25
 
     pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
@@ -143,7 +144,7 @@ def test_magcache_measures_in_its_first_whole_call():
 
 
 def test_the_patterns_of_diffusers_hook_nothing_on_wan_and_ours_do():
-    from diffusers.hooks import TaylorSeerCacheConfig
+    from diffusers import TaylorSeerCacheConfig
 
     pipe = tiny_wan_pipeline()
     pipe.transformer.enable_cache(TaylorSeerCacheConfig())
@@ -168,3 +169,55 @@ def test_fewer_steps_is_a_call_with_fewer_steps(keep, steps):
     with mmaccel.accelerate(pipe, mmaccel.FewerSteps(keep=keep)):
         assert torch.equal(generate(pipe, steps=6), generate(tiny_wan_pipeline(), steps=steps))
     assert torch.equal(generate(pipe, steps=6), generate(tiny_wan_pipeline(), steps=6))
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def sample(transformer):
+    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(18.0).reshape(6, 3)
+    for step in range(6):
+        with transformer.cache_context("cond"):
+            latents = latents - 0.1 * transformer(
+                hidden_states=latents, timestep=torch.tensor([1 - step / 6]), txt_ids=ids[:2], img_ids=ids,
+                encoder_hidden_states=torch.ones(1, 2, 8), pooled_projections=torch.ones(1, 8),
+            ).sample  # fmt: skip
+    return latents
+
+
+@pytest.mark.parametrize("name", ["first-block-cache", "taylorseer", "magcache", "pab"])
+def test_a_flux_transformer_alone(name):
+    transformer, dense = flux(), sample(flux())
+    with mmaccel.accelerate(transformer, active()[name]) as handle:
+        first = sample(transformer)
+        assert not torch.equal(first, dense)
+        assert torch.equal(sample(transformer), first)
+    assert handle.report().events["steps reused"] > 0
+    assert torch.equal(sample(transformer), dense)
+    with pytest.raises(NotApplicableError, match="cannot read the latents"):
+        mmaccel.accelerate(transformer, "seacache")
+
+
+def test_both_transformers_of_a_pipeline_with_two():
+    import copy
+
+    pipe = tiny_wan_pipeline()
+    second = copy.deepcopy(pipe.transformer)
+    pipe.register_modules(transformer_2=second)
+    pipe.register_to_config(boundary_ratio=0.7)
+    dense = generate(pipe, steps=10)
+    with mmaccel.accelerate(pipe, active()["taylorseer"]):
+        assert not torch.equal(generate(pipe, steps=10), dense)
+        assert "taylorseer_cache" in second.blocks[0].attn1._diffusers_hook.hooks
+    assert torch.equal(generate(pipe, steps=10), dense)
+    with pytest.raises(NotApplicableError, match="two transformers"):
+        mmaccel.accelerate(pipe, "magcache")
