@@ -65,7 +65,7 @@ class MagCache(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """With ratios, or measuring them."""
-        from diffusers import MagCacheConfig
+        from diffusers.hooks.mag_cache import MagCacheConfig
 
         measure = self.ratios is None
         return MagCacheConfig(

@@ -50,12 +50,13 @@ class PAB(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The same range for all attentions."""
-        from diffusers import PyramidAttentionBroadcastConfig
+        from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
 
-        inside = (self.start, self.stop)
+        inside: Any = (self.start, self.stop)
+        callback: Any = clock
         return PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=self.every, temporal_attention_block_skip_range=self.every,
             cross_attention_block_skip_range=self.cross_every, spatial_attention_timestep_skip_range=inside,
             temporal_attention_timestep_skip_range=inside, cross_attention_timestep_skip_range=inside,
-            current_timestep_callback=clock,
+            current_timestep_callback=callback,
         )  # fmt: skip

@@ -45,12 +45,12 @@ class SeaCache(DiffusersCache):
         Raises:
             NotApplicableError: it does not.
         """
-        from diffusers import Cosmos3OmniTransformer, WanTransformer3DModel
+        from diffusers.models.transformers.transformer_cosmos3 import Cosmos3OmniTransformer
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-        wan = isinstance(transformer, WanTransformer3DModel)
-        if not isinstance(transformer, Cosmos3OmniTransformer) and not (
-            wan and transformer.config.in_channels == transformer.config.out_channels
-        ):
+        config = transformer.config
+        wan = isinstance(transformer, WanTransformer3DModel) and config["in_channels"] == config["out_channels"]
+        if not wan and not isinstance(transformer, Cosmos3OmniTransformer):
             raise NotApplicableError(
                 f"seacache: diffusers cannot read the latents of this {type(transformer).__name__}; it can for Wan "
                 "text-to-video and Cosmos 3."
@@ -59,7 +59,7 @@ class SeaCache(DiffusersCache):
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The knobs."""
-        from diffusers import SeaCacheConfig
+        from diffusers.hooks.sea_cache import SeaCacheConfig
 
         return SeaCacheConfig(threshold=self.threshold, residual_order=self.order, max_consecutive_cached=self.max_skip)
 

@@ -49,7 +49,7 @@ class TaylorSeer(DiffusersCache):
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """One pattern for each module."""
         import torch
-        from diffusers import TaylorSeerCacheConfig
+        from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
         return TaylorSeerCacheConfig(
             cache_interval=self.interval, disable_cache_before_step=self.warmup, max_order=self.order,

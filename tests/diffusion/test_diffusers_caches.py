@@ -33,8 +33,11 @@ def active():
 
 
 def theirs(name, pipe):
-    from diffusers import MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig
     from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+    from diffusers.hooks.mag_cache import MagCacheConfig
+    from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
+    from diffusers.hooks.sea_cache import SeaCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     everywhere = (0, 1000)
     return {
@@ -144,7 +147,7 @@ def test_magcache_measures_in_its_first_whole_call():
 
 
 def test_the_patterns_of_diffusers_hook_nothing_on_wan_and_ours_do():
-    from diffusers import TaylorSeerCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     pipe = tiny_wan_pipeline()
     pipe.transformer.enable_cache(TaylorSeerCacheConfig())
@@ -172,7 +175,7 @@ def test_fewer_steps_is_a_call_with_fewer_steps(keep, steps):
 
 
 def flux():
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     torch.manual_seed(0)
     return FluxTransformer2DModel(
@@ -221,3 +224,20 @@ def test_both_transformers_of_a_pipeline_with_two():
     assert torch.equal(generate(pipe, steps=10), dense)
     with pytest.raises(NotApplicableError, match="two transformers"):
         mmaccel.accelerate(pipe, "magcache")
+
+
+@every
+def test_a_cache_and_fewer_steps_are_undone_in_any_order(name):
+    pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    cache = mmaccel.accelerate(pipe, active()[name])
+    fewer = mmaccel.accelerate(pipe, "fewer-steps:keep=0.5")
+    twin.transformer.enable_cache(theirs(name, twin))
+    if name != "magcache":  # diffusers' config has the number of steps fixed
+        assert torch.equal(generate(pipe, steps=12), generate(twin, steps=6))
+    cache.remove()
+    assert torch.equal(generate(pipe, steps=8), generate(tiny_wan_pipeline(), steps=4))
+    fewer.remove()
+    assert torch.equal(generate(pipe), generate(tiny_wan_pipeline()))
+    plain = tiny_wan_pipeline()
+    generate(plain)
+    assert traces(pipe) == traces(plain)
