@@ -17,7 +17,8 @@ from mmaccel.method import Info, Method, Stage, find, knob, parse, registry
 EXPECTED = {
     "holitom", "visionzip", "fastv", "evs", "random", "uniform", "fewer-frames", "fewer-pixels",
     "idpruner", "divprune", "vidcom2", "prumerge",
-    "hsa", "first-block-cache", "prompt-lookup", "dycoke", "fastvid", "prunevid", "earlytom",
+    "hsa", "taylorseer", "magcache", "pab", "seacache", "fewer-steps",
+    "first-block-cache", "prompt-lookup", "dycoke", "fastvid", "prunevid", "earlytom",
 }  # fmt: skip
 
 

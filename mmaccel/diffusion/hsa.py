@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from mmaccel.diffusion.diffusers_caches import STEPS
 from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
     from mmaccel.tokens.steps import StepPlan
-
-_SLOT = "on the steps of the diffusion transformer"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class HSA(Method):
     staggered: bool = knob(False, "tokens of a group take turns, so that steps cost alike")
     first: int | None = knob(None, "whole steps at the beginning; None has the solver choose", low=2)
     last: int | None = knob(None, "whole steps at the end; None has the solver choose", low=0)
-    order: int = knob(1, "held velocities: 0 as they are, 1 carried on along their last change", choices=(0, 1))
+    order: int = knob(1, "held velocities: 0 as they are, 1 carried on along their last change", low=0, high=1)
     memory: str = knob("full", "how keys and values are stored", choices=("full", "half", "fp8"))
     layers: float = knob(
         1.0, "fraction of layers that keep them; others attend among computed tokens", low=0.0, high=1.0
@@ -46,7 +45,7 @@ class HSA(Method):
         name="hsa", verb="reuse", stage=Stage.DIFFUSION,
         summary="gives each token of a latent its own number of denoising steps",
         source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
-        "Video Generation", year=2026, targets=("diffusion",), slots=(_SLOT,),
+        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS,),
     )  # fmt: skip
 
     @property

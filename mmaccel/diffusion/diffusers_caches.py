@@ -1,0 +1,284 @@
+"""What the caches that diffusers ships have in common under our handle: exact undo, fresh state, honest counts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmaccel.core.patching import Chain
+from mmaccel.errors import ConflictError, NotApplicableError
+from mmaccel.method import Method, Touch
+
+if TYPE_CHECKING:
+    from mmaccel.install import Installer
+    from mmaccel.targets import Target
+
+__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps", "transformers"]
+
+STEPS = "on the steps of the diffusion transformer"
+
+
+def transformers(site: Any) -> dict[str, Any]:
+    """The transformers by name; Wan 2.2 has two, each for a part of the steps."""
+    second = getattr(site.pipeline, "transformer_2", None)
+    found = {"transformer": site.transformer}
+    return found if second is None else {**found, "transformer_2": second}
+
+
+def blocks(transformer: Any) -> dict[str, Any]:
+    """The blocks that diffusers' caches know, by dotted name, in order."""
+    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as KNOWN
+
+    return {
+        f"{name}.{index}": block
+        for name, children in transformer.named_children()
+        if name in KNOWN and type(children).__name__ == "ModuleList"
+        for index, block in enumerate(children)
+    }
+
+
+@dataclass
+class Installed:
+    """The hooks that one cache has put on one transformer."""
+
+    transformer: Any
+    hooks: list[tuple[Any, str, Any, Any]]  # module, name, hook, the `forward` that calls it
+
+    def fresh(self) -> None:
+        """Forget what earlier calls left; the context of a call under way stays."""
+        for module, _, hook, _ in self.hooks:
+            if hook._is_stateful:
+                kept = [(value, value._context) for value in vars(hook).values() if hasattr(value, "set_context")]
+                hook.reset_state(module)
+                for manager, context in kept:
+                    manager.set_context(context)
+
+
+class Clock:
+    """The timestep of the step under way, on the scale 0 .. 1000, and whether a new sampling has begun.
+
+    A pipeline says so by itself (`current_timestep`). A transformer alone has its argument `timestep`: values up to 1
+    are taken as fractions, and a turn of its direction, or another shape of the latents, begins a new sampling.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self.last: float | None = None
+        self.direction = 0
+        self.shape: Any = None
+
+    def __call__(self) -> float:
+        """The timestep."""
+        told = None if self.pipeline is None else getattr(self.pipeline(), "_current_timestep", None)
+        value = self.last if told is None else float(told)
+        if value is None:
+            raise NotApplicableError(
+                "this transformer was called without the argument timestep, which the cache needs."
+            )
+        return value * 1000 if told is None and value <= 1 else value
+
+    def tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take note of a call of the transformer. Returns whether it begins a new sampling."""
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        timestep, shape = kwargs.get("timestep"), getattr(latents, "shape", None)
+        if timestep is None:
+            return False
+        now = float(timestep.max() if hasattr(timestep, "max") else timestep)
+        step = 0 if self.last is None else (now > self.last) - (now < self.last)
+        begun = self.shape not in (None, shape) or (step != 0 and self.direction != 0 and step != self.direction)
+        self.direction = 0 if begun else (step or self.direction)
+        self.last, self.shape = now, shape
+        return begun
+
+
+@dataclass(frozen=True)
+class DiffusersCache(Method):
+    """Base of the methods that wrap a cache of diffusers."""
+
+    def sites(self, transformer: Any) -> list[str]:
+        """Dotted names of the modules that the cache will hook."""
+        raise NotImplementedError
+
+    def config(self, transformer: Any, clock: Clock) -> Any:
+        """The configuration of diffusers."""
+        raise NotImplementedError
+
+    def enable(self, transformer: Any, config: Any) -> None:
+        """Have diffusers put its hooks on."""
+        transformer.enable_cache(config)
+
+    def watch(self, installer: Installer, installed: Installed, config: Any) -> None:  # noqa: ARG002
+        """Count what the cache does; by default whether the first hooked module computes."""
+        count_steps(installer, installed.hooks[0][2])
+
+    def begin(self, config: Any, installed: Installed, steps: int | None) -> None:  # noqa: ARG002
+        """A new sampling of `steps` steps begins; None where nobody says how many."""
+        installed.fresh()
+
+    def plan(self, target: Target) -> list[Touch]:
+        """The hooked modules.
+
+        Raises:
+            NotApplicableError: the transformer has no cache interface, or nothing in it that the cache can hook.
+            ConflictError: a cache of diffusers is switched on already.
+        """
+        touches = []
+        for name, transformer in transformers(target.site).items():
+            kind = type(transformer).__name__
+            if not hasattr(transformer, "enable_cache"):
+                raise NotApplicableError(f"{kind} has no cache interface of diffusers.")
+            if transformer.is_cache_enabled:
+                on = type(transformer._cache_config).__name__
+                raise ConflictError(f"{kind} has diffusers' {on} on; call disable_cache() first.")
+            found = self.sites(transformer)
+            if not found:
+                raise NotApplicableError(f"{self.info.name} finds no module in {kind} that it can hook.")
+            touches += [Touch(f"{name}.{site}", "diffusers' hook: computes or reuses") for site in found]
+        return touches
+
+    def install(self, installer: Installer) -> None:
+        """Have diffusers put its hooks on, and note which traces to take away behind them."""
+        site, patcher = installer.target.site, installer.patcher
+        for transformer in transformers(site).values():
+            clock, before, called = Clock(site.pipeline), _traces(transformer), []
+            config = self.config(transformer, clock)
+            # whatever fails half way must find its undo recorded
+            installed = Installed(transformer, [])
+            patcher.on_undo(_undo(installed, before, config, called))
+            try:
+                self.enable(transformer, config)
+            finally:
+                installed.hooks.extend(_added(before))
+            if not installed.hooks:
+                raise NotApplicableError(f"{self.info.name} hooked no module of {type(transformer).__name__}.")
+            self.watch(installer, installed, config)
+            patcher.before(transformer, self._tick(site.pipeline is None, clock, called, config, installed))
+            if site.pipeline is not None:
+                # the pipeline clears the cache at its end, which a call that raised never reaches
+                patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
+
+    def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            if not called:
+                called.append(True)
+            if clock.tick(args, kwargs) and alone:
+                self.begin(config, installed, None)
+
+        return hook
+
+    def _around(self, pipeline: Any, config: Any, installed: Installed) -> Any:
+        reference = weakref.ref(pipeline.scheduler)
+
+        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            scheduler = reference()
+            self.begin(config, installed, None if scheduler is None else len(scheduler.timesteps))
+            return result
+
+        return around
+
+
+def count_steps(installer: Installer, hook: Any) -> None:
+    """Count in the report how often `hook` calls the module below it, and how often it answers by itself."""
+    events, computed = installer.report.events, []
+
+    def outer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        computed.clear()
+        result = call(*args, **kwargs)
+        event = "steps computed" if computed else "steps reused"
+        events[event] = events.get(event, 0) + 1
+        return result
+
+    def inner(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        computed.append(True)
+        return call(*args, **kwargs)
+
+    installer.patcher.wrap(hook.fn_ref, "forward", outer)
+    installer.patcher.wrap(hook.fn_ref, "original_forward", inner)
+
+
+_Before = dict[Any, tuple[dict[str, Any], frozenset[str]]]
+
+
+def _traces(transformer: Any) -> _Before:
+    names = ("_diffusers_hook", "_cache_config", "forward")
+    found = {}
+    for module in transformer.modules():
+        own = vars(module)
+        registry = own.get("_diffusers_hook")
+        hooks = frozenset(registry.hooks) if registry is not None else frozenset()
+        found[module] = {name: own[name] for name in names if name in own}, hooks
+    return found
+
+
+def _added(before: _Before) -> list[tuple[Any, str, Any, Any]]:
+    return [
+        (module, name, hook, vars(module)["forward"])
+        for module, (_, had) in before.items()
+        if "_diffusers_hook" in vars(module)
+        for name, hook in module._diffusers_hook.hooks.items()
+        if name not in had
+    ]
+
+
+def _undo(installed: Installed, before: _Before, config: Any, called: list[Any]) -> Callable[[], None]:
+    transformer = installed.transformer
+
+    def undo() -> None:
+        for module, name, hook, _ in reversed(installed.hooks):
+            registry = vars(module).get("_diffusers_hook")
+            if registry is not None and registry.hooks.get(name) is hook:
+                _unhook(module, registry, name)
+        for module, (had, _) in before.items():
+            own = vars(module)
+            registry = own.get("_diffusers_hook")
+            if registry is None:
+                continue
+            # the pipeline's first call puts a registry on the transformer, cache or not, and it stays there
+            if not ("_diffusers_hook" in had or (module is transformer and called)) and not registry.hooks:
+                del own["_diffusers_hook"]
+            if "forward" not in had and getattr(own.get("forward"), "__func__", None) is type(module).forward:
+                del own["forward"]
+        own = vars(transformer)
+        if own.get("_cache_config") is config or own.get("_cache_config", ...) is None:
+            own.pop("_cache_config")
+            if "_cache_config" in before[transformer][0]:
+                own["_cache_config"] = before[transformer][0]["_cache_config"]
+        registry = own.get("_diffusers_hook")
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
+            registry._get_child_registries()
+
+    return undo
+
+
+def _unhook(module: Any, registry: Any, name: str) -> None:
+    """Take out one hook and leave those around it: diffusers' own removal of an inner hook drops the outer one."""
+    index = registry._hook_order.index(name)
+    reference = registry._fn_refs[index]
+    below = reference.original_forward if reference.original_forward is not None else reference.forward
+    above = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
+    if above is not None:
+        field = "forward" if above.original_forward is None else "original_forward"
+        current = getattr(above, field)
+        if isinstance(current, Chain):
+            current.original = below
+        else:
+            setattr(above, field, below)
+    elif _calls(vars(module).get("forward"), reference):
+        module.forward = below
+    elif _calls(vars(module).get("_old_forward"), reference):  # under a hook of accelerate
+        module._old_forward = below
+    else:  # under somebody's wrapper: stays there as a plain call of what is below
+        reference.forward = below
+    del registry.hooks[name]
+    registry._hook_order.pop(index)
+    registry._fn_refs.pop(index)
+
+
+def _calls(forward: Any, reference: Any) -> bool:
+    """Whether `forward` is what diffusers made of this very hook."""
+    cells = getattr(getattr(forward, "func", None), "__closure__", None) or ()
+    return any(cell.cell_contents is reference for cell in cells)
