@@ -36,6 +36,8 @@ Read these before drawing conclusions from it:
 
 - **It is small and was trained for about an hour.** Its failures (see below) are its own; compare a method with the
   dense result of this model, not with rendered clips.
+- **The autoencoder rounds shapes off.** Rendered clips that went through it and back are read at 82 % (40 clips; colors
+  75 %, shapes 55 %): generated clips are as good as it lets them be.
 - **The ground stands still** and only objects move: tokens differ in how fast they change, more so than in clips with
   a moving camera.
 - The text encoder was trained first, to tell from every word the traits of its clause, and then frozen.
