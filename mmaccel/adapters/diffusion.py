@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mmaccel.errors import AdapterError
@@ -140,14 +141,12 @@ class Diffusion:
 
     def parts(self, latents: Tensor) -> int:
         """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""
-        pipeline = self.pipeline
-        if pipeline is None or hasattr(pipeline, "transformer_2") or latents.shape[0] % 2:
+        calls = hasattr(self.pipeline, "transformer_2") or type(self.pipeline).__name__.startswith(("Hunyuan", "Flux"))
+        if self.pipeline is None or calls or latents.shape[0] % 2:
             return 1
-        if type(pipeline).__name__.startswith("DiT"):
-            # half of its batch is without a class whenever guidance is on, and it keeps no note of that
-            return 2 if latents[: len(latents) // 2].equal(latents[len(latents) // 2 :]) else 1
-        guided = getattr(pipeline, "do_classifier_free_guidance", False)
-        return 2 if guided and not type(pipeline).__name__.startswith(("Hunyuan", "Flux")) else 1
+        # not every pipeline keeps a note of its guidance, but all give both branches the same latents
+        first, second = latents.chunk(2)
+        return 2 if torch.equal(first, second) else 1
 
     def output(self, transformer: Any, velocity: Tensor) -> Any:
         """What a transformer returns when it is not asked for a tuple."""

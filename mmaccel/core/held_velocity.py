@@ -65,6 +65,7 @@ class _Run:
     whole: int = -1
     branches: dict[int, _Branch] = field(default_factory=dict)
     tokens: int = 0
+    parts: int = 1
     active: Tensor | None = None
     order: Tensor | None = None
 
@@ -124,6 +125,8 @@ class HeldVelocity:
                 with rows:
                     return self._step(call, args, kwargs, given, run, branch, at, transformer, rows)
             finally:
+                if at.step + 1 >= at.total and at.branch + 1 >= len(run.branches):
+                    self._run = None  # nothing is held from one call of the pipeline to the next
                 self._text = None
 
         return around
@@ -172,7 +175,10 @@ class HeldVelocity:
         count = run.tokens if chosen is None else len(chosen)
         self.report.count(self.name, "transformer", run.tokens, count)
         if chosen is None:
-            if self._rows(run, at.step + 1) is not None and not branch.kept:
+            ahead = range(at.step + 1, run.plan.steps)
+            if all(self._rows(run, step) is None for step in ahead):
+                branch.kept = {}
+            elif self._rows(run, at.step + 1) is not None and not branch.kept:
                 self._allocate(run, branch, at, run.tokens, latents, transformer)
             rows.kept, run.order = branch.kept, None
             output = call(*args, **kwargs)
@@ -194,8 +200,7 @@ class HeldVelocity:
     def _places(self, run: _Run, chosen: Tensor, latents: Tensor) -> Tensor:
         assert run.order is not None
         rows = run.order.index_select(1, chosen.to(run.order.device)).sort(1).values
-        parts = self.site.parts(latents)
-        return rows if rows.shape[0] == 1 or parts == 1 else rows.repeat(parts, 1)
+        return rows if rows.shape[0] in (1, latents.shape[0]) else rows.repeat(run.parts, 1)
 
     def _tokens(self, latents: Tensor, patch: tuple[int, ...], frames_first: bool) -> int:
         if not patch:
@@ -239,7 +244,8 @@ class HeldVelocity:
     def _score(
         self, run: _Run, latents: Tensor, time: Tensor, patch: tuple[int, ...], frames_first: bool, transformer: Any
     ) -> None:
-        score = self._need(run, self.site.parts(latents), patch, frames_first, transformer)
+        run.parts = self.site.parts(latents)
+        score = self._need(run, run.parts, patch, frames_first, transformer)
         if time.ndim == 2 and time.shape[1] == score.shape[1]:
             score = score.masked_fill(time[: score.shape[0]] == 0, -1.0)
         if self.site.layout.one_choice:

@@ -33,8 +33,8 @@ class KeysValues:
     def store(self, *parts: Tensor) -> None:
         """Take keys and values over; they are copied only where dtype or device ask for it, or a gradient is wanted."""
         self._stored = [
-            (part.detach().clone() if part.requires_grad else part).to(
-                dtype=self.dtype or part.dtype, device=self.device or part.device
+            _fitting(part.detach().clone() if part.requires_grad else part, self.dtype or part.dtype).to(
+                self.device or part.device
             )
             for part in parts
         ]
@@ -46,13 +46,21 @@ class KeysValues:
             # 8-bit floats have no indexed writes of their own
             bits = torch.uint8 if stored.element_size() == 1 else stored.dtype
             places = rows.to(stored.device)[:, None, :, None].expand(fresh.shape)
-            stored.view(bits).scatter_(2, places, fresh.to(stored.dtype).to(stored.device).view(bits))
+            stored.view(bits).scatter_(2, places, _fitting(fresh, stored.dtype).to(stored.device).view(bits))
             part = stored.to(device=fresh.device, dtype=fresh.dtype)
             if stored.dtype != fresh.dtype:
                 # what was just computed is used as it is, not as it is stored
                 part.scatter_(2, rows[:, None, :, None].expand(fresh.shape), fresh)
             whole.append(part)
         return whole
+
+
+def _fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype; 8-bit floats have no infinity, and what is too large for them would become NaN."""
+    if dtype.itemsize == 1:
+        limit = torch.finfo(dtype).max
+        values = values.clamp(-limit, limit)
+    return values.to(dtype)
 
 
 class RowAttention(TorchFunctionMode):

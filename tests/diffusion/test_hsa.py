@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import diffusers
@@ -11,7 +13,9 @@ import torch
 
 import mmaccel
 from mmaccel.core import held_velocity
+from mmaccel.core.row_attention import KeysValues
 from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
+from mmaccel.tiny import IMAGE_CALL, class_to_image
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
 from mmaccel.tokens.steps import step_plan
 
@@ -234,6 +238,47 @@ def test_memory_is_computed_exactly_and_refused_before_it_is_made(monkeypatch):
             generate(pipe)
         monkeypatch.setattr(held_velocity, "free_memory", lambda *_: wanted)
         generate(pipe)
+
+
+def test_8_bit_storage_survives_large_values():
+    pipe = tiny_wan_pipeline()
+    with torch.no_grad():
+        for block in pipe.transformer.blocks:
+            block.attn1.to_v.weight *= 1e4
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, memory="fp8")):
+        assert torch.isfinite(generate(pipe)).all()
+
+
+def test_nothing_is_held_between_calls():
+    pipe = tiny_wan_pipeline()
+    alive: list[weakref.ref] = []
+    store = KeysValues.store
+
+    def watched(self, *parts):
+        alive.extend(map(weakref.ref, parts))
+        store(self, *parts)
+
+    with pytest.MonkeyPatch.context() as patch, mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        patch.setattr(KeysValues, "store", watched)
+        generate(pipe)
+        gc.collect()
+        assert alive
+        assert not any(reference() is not None for reference in alive)
+
+
+def test_branches_of_guidance_in_one_batch_share_their_rows():
+    pipe = class_to_image()
+    seen = []
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        pipe.transformer.transformer_blocks[0].register_forward_hook(
+            lambda _m, _args, kwargs, output: seen.append(output), with_kwargs=True
+        )
+        both = pipe(
+            [0, 5], generator=[torch.Generator().manual_seed(n) for n in (0, 1)], output_type="np", **IMAGE_CALL
+        )
+        alone = pipe([5], generator=[torch.Generator().manual_seed(1)], output_type="np", **IMAGE_CALL)
+    assert abs(both.images[1] - alone.images[0]).max() < 1e-4
+    assert {len(output) for output in seen} == {4, 2}
 
 
 def test_plans_meet_their_budget():
