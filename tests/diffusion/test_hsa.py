@@ -240,6 +240,33 @@ def test_memory_is_computed_exactly_and_refused_before_it_is_made(monkeypatch):
         generate(pipe)
 
 
+def two_experts():
+    pipe, second = euler(tiny_wan_pipeline()), tiny_wan_pipeline(seed=1)
+    parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    pipe = library.WanPipeline(**parts, transformer_2=second.transformer, boundary_ratio=0.6)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_second_expert_begins_with_a_whole_step():
+    pipe, twin = two_experts(), two_experts()
+    calls = []
+    with mmaccel.accelerate(pipe, "hsa:runtime=1.0"):
+        assert torch.equal(generate(pipe), generate(twin))
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+        for name in ("transformer", "transformer_2"):
+            getattr(pipe, name).register_forward_hook(
+                lambda _m, _a, kwargs, output, name=name: calls.append((name, kwargs, output[0])), with_kwargs=True
+            )
+        first = generate(pipe, steps=20, guidance_scale=3.0)
+        counted = handle.report().as_dict()["tokens"][0]
+        assert torch.equal(generate(pipe, steps=20, guidance_scale=3.0), first)
+    assert counted["kept"] == pytest.approx(0.5, abs=0.06)
+    _, kwargs, output = next(call for call in calls if call[0] == "transformer_2")
+    with torch.no_grad():
+        assert torch.equal(twin.transformer_2(**kwargs)[0], output)
+
+
 def test_8_bit_storage_survives_large_values():
     pipe = tiny_wan_pipeline()
     with torch.no_grad():
