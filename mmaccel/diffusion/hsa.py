@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class HSA(Method):
     """Compute tokens whose velocity changes often, others seldom; attention sees the last keys and values of all.
 
-    Sentence: relative L1 change of a token's velocity between the last two whole steps -> groups with step divisors
-    -> rows whose turn it is -> reuse the velocity, keys and values of the rest -> all tokens advance together with
-    their latest velocity. "Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for
-    Efficient Video Generation" (2026); its body was not at hand, and the following is inferred: guided velocities are
-    scored, groups have the flattest shares that meet the runtime, tokens of a group take turns, the first and last
-    steps are whole, and fixed tokens (those of a conditioning image with timestep 0) go to the slowest group.
+    Sentence: relative L1 distance of a token's velocity at a whole step from what would have been held for it ->
+    groups with step divisors -> rows whose step it is -> reuse the velocity, keys and values of the rest -> all tokens
+    advance together. "Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for
+    Efficient Video Generation" (2026); its body was not at hand. Inferred: guided velocities are scored, the divisors
+    are d and 2 d with the shares that meet the runtime, groups are aligned so that whole steps recur and score anew,
+    the first steps are whole, and fixed tokens (those of a conditioning image with timestep 0) go to the slowest
+    group. Ours: held velocities go on along their last change (order 1); order 0 holds them, as the paper does.
     runtime 1 is the identity. The keys and values take 2 x layers x tokens x width numbers a clip and branch of
     guidance; they are sized and logged before they are made, and refused where memory does not suffice.
     """
