@@ -109,6 +109,44 @@ def ask(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="What to show; for the embedded model such as 'a red ring moves left'.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
+    ] = "tiny",
+    method: Specs = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Dense beside accelerated; hsa:runtime=0.5 if no method is given.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File; mmaccel-generated.mp4 or .png if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file; 16, embedded 8.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")] = None,
+    json: Json = False,
+) -> None:
+    """Generate a video (MP4) or an image (PNG) of a prompt, with or without acceleration."""
+    from mmaccel.cli import generate as command
+
+    with Terminal(json) as terminal:
+        command.run(
+            terminal, prompt, source=model, specs=method or [], both=compare, out=out, seed=seed, steps=steps,
+            guidance=guidance, sides=command.size(size, height, width), frames=frames, fps=fps, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+
+
+@app.command()
 def bench(
     name: Annotated[str | None, typer.Argument(help="A scenario; without it the names are listed.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the result rows, JSON lines.")] = None,
