@@ -48,9 +48,12 @@ def root(
 @app.command()
 def demo(
     what: Annotated[
-        str, typer.Argument(help="'methods' side by side on clips, or 'stream': one stream that does not end.")
+        str,
+        typer.Argument(
+            help="'methods' side by side on clips, 'stream': one stream without an end, or 'generate': text to video."
+        ),
     ] = "methods",
-    out: Annotated[Path, typer.Option(help="Folder for report.html, pareto.png and the clips.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for what is written: report.html, pareto.png, clips.")] = Path(
         "mmaccel-report"
     ),
     clips: Annotated[int, typer.Option(min=1, help="Clips at most.")] = 60,
@@ -61,21 +64,31 @@ def demo(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="stream: visual tokens held at most; those of one clip if not given.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="generate: steps of the sampler; 40 if not given.")] = None,
     json: Json = False,
 ) -> None:
     """Compare every method on the embedded video model: accuracy, tokens, FLOPs, time to first token.
 
-    As `mmaccel demo stream`: push clips as one stream, ask along it, and show accuracy, tokens held and latency.
+    As `mmaccel demo stream`: push clips as one stream, ask along it, and show accuracy, tokens held and latency. As
+    `mmaccel demo generate`: clips of the embedded text-to-video model, dense beside the methods for diffusion.
     """
-    if what not in ("methods", "stream"):
-        raise typer.BadParameter(f"{what!r} is neither 'methods' nor 'stream'")
-    if what == "methods" and (method or max_tokens):
-        raise typer.BadParameter("--method and --max-tokens belong to 'mmaccel demo stream'")
+    if what not in ("methods", "stream", "generate"):
+        raise typer.BadParameter(f"{what!r} is none of 'methods', 'stream' and 'generate'")
+    if what == "methods" and method:
+        raise typer.BadParameter("--method belongs to 'mmaccel demo stream' and 'mmaccel demo generate'")
+    if what != "stream" and max_tokens:
+        raise typer.BadParameter("--max-tokens belongs to 'mmaccel demo stream'")
+    if what != "generate" and steps:
+        raise typer.BadParameter("--steps belongs to 'mmaccel demo generate'")
     with Terminal(json) as terminal:
         if what == "stream":
             from mmaccel.cli import demo_stream
 
             demo_stream.run(terminal, specs=method or [], clips=clips, max_tokens=max_tokens, seconds=seconds_budget)
+        elif what == "generate":
+            from mmaccel.cli import demo_generate
+
+            demo_generate.run(terminal, out, specs=method or [], clips=clips, steps=steps, seconds=seconds_budget)
         else:
             from mmaccel.cli.demo import run
 
