@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,7 @@ def run(
 
         prompt = str(parse(prompt))
     methods = _methods(specs, both)
-    if out is not None:
-        _check_folder(out)
+    _check_folder(out or Path("clip"))
 
     from mmaccel.cli.pipelines import Request, load_pipeline, make, save
 
@@ -133,9 +133,10 @@ def _check_fit(pipeline: Pipeline, methods: Sequence[Any]) -> None:
 
 
 def _check_folder(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir():
-        reason = "is a folder" if out.is_dir() else f"is in no folder that exists ({out.parent})"
-        raise MMAccelError(f"--out {out} {reason}; name a file such as clip.mp4.")
+    if out.is_dir():
+        raise MMAccelError(f"--out {out} is a folder; name a file such as {out / 'clip.mp4'}.")
+    if not os.access(out.parent, os.W_OK):
+        raise MMAccelError(f"--out {out}: there is no folder {out.parent} that can be written.")
 
 
 def _file(out: Path | None, video: bool) -> Path:

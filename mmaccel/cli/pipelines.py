@@ -75,11 +75,13 @@ class Request:
             return {"prompt": self.prompt, "output_type": "np", **found}
         if "class_labels" not in takes:
             raise NotApplicableError(f"{label} takes neither a prompt nor a class.")
-        try:
-            labels = pipeline.pipe.get_label_ids([self.prompt])
-        except (ValueError, KeyError) as error:
-            known = ", ".join(list(pipeline.pipe.labels)[:8])
-            raise MMAccelError(f"{label} knows no class {self.prompt!r}; it knows {known} and others.") from error
+        names = list(getattr(pipeline.pipe, "labels", None) or ())
+        if not names:
+            raise NotApplicableError(f"{label} has no names of classes, so none can be asked for.")
+        if self.prompt not in names:
+            known = ", ".join(names[:8])
+            raise MMAccelError(f"{label} knows no class {self.prompt!r}; it knows {known} and others.")
+        labels = pipeline.pipe.get_label_ids([self.prompt])
         return {"class_labels": labels, "output_type": "np", **found}
 
 

@@ -15,7 +15,7 @@ from mmaccel.cli import demo_generate, generate
 from mmaccel.codecs import load_video
 from mmaccel.errors import MMAccelError
 from mmaccel.measure.generation import STAGES, pipeline_stages
-from mmaccel.tiny import class_to_image, text_to_video
+from mmaccel.tiny import CLASS_TO_IMAGE_FOLDER, class_to_image, text_to_video
 from mmaccel.tiny.generation_scoring import generate_clips, generate_images
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
 from mmaccel.tiny.read_back import psnr
@@ -142,9 +142,8 @@ def test_a_folder_of_a_pipeline(document, wan, tmp_path, monkeypatch):
 
 
 def test_images_of_classes_are_written_as_png(document, refused, tmp_path):
-    folder, path = tmp_path / "dit", tmp_path / "image.png"
+    folder, path = CLASS_TO_IMAGE_FOLDER, tmp_path / "image.png"
     pipe = class_to_image()
-    pipe.save_pretrained(folder)
     words = ["generate", "red ring", "--model", folder, "--steps", 6, "--guidance", 3, "--out"]
     found = document(*words, path, "--compare", "-m", METHOD)
     assert (found["kind"], found["fps"]) == ("image", None)
@@ -155,8 +154,12 @@ def test_images_of_classes_are_written_as_png(document, refused, tmp_path):
     np.testing.assert_array_equal(picture[:, :64], dense)
     assert (picture[:, 64:] != dense).any()
     assert "name a .png file" in refused(1, *words, tmp_path / "image.mp4")
-    assert "knows no class" in refused(1, "generate", "mauve ring", "--model", folder)
+    assert "knows no class 'mauve ring'; it knows blue cross, " in refused(
+        1, "generate", "mauve ring", "--model", folder
+    )
     assert "--frames" in refused(1, *words, path, "--frames", 5)
+    pipe.save_pretrained(tmp_path / "unnamed")  # the library does not save the names
+    assert "has no names of classes" in refused(1, "generate", "red ring", "--model", tmp_path / "unnamed")
 
 
 @pytest.mark.parametrize(
@@ -264,8 +267,8 @@ def test_a_call_that_raises_leaves_the_pipeline_as_it_was():
 
 def test_demo(document, tmp_path):
     found = document(
-        "demo", "generate", "--clips", 1, "--steps", STEPS, "-m", METHOD, "-m", "first-block-cache:threshold=0", "--out",
-        tmp_path,
+        "demo", "generate", "--clips", 1, "--steps", STEPS, "-m", METHOD, "-m", "first-block-cache:threshold=0",
+        "--out", tmp_path,
     )  # fmt: skip
     dense, fast, same = found["rows"]
     assert [row["setting"] for row in found["rows"]] == ["dense", "fewer-steps", "first-block-cache:threshold=0"]
