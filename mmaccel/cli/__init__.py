@@ -1,4 +1,4 @@
-"""The command line: `mmaccel demo | ask | bench | list | explain | probe`."""
+"""The command line: `mmaccel demo | ask | generate | bench | list | explain | probe`."""
 
 from __future__ import annotations
 

@@ -48,9 +48,12 @@ def root(
 @app.command()
 def demo(
     what: Annotated[
-        str, typer.Argument(help="'methods' side by side on clips, or 'stream': one stream that does not end.")
+        str,
+        typer.Argument(
+            help="'methods' side by side on clips, 'stream': one stream without an end, or 'generate': text to video."
+        ),
     ] = "methods",
-    out: Annotated[Path, typer.Option(help="Folder for report.html, pareto.png and the clips.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for what is written: report.html, pareto.png, clips.")] = Path(
         "mmaccel-report"
     ),
     clips: Annotated[int, typer.Option(min=1, help="Clips at most.")] = 60,
@@ -61,21 +64,31 @@ def demo(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="stream: visual tokens held at most; those of one clip if not given.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="generate: steps of the sampler; 40 if not given.")] = None,
     json: Json = False,
 ) -> None:
     """Compare every method on the embedded video model: accuracy, tokens, FLOPs, time to first token.
 
-    As `mmaccel demo stream`: push clips as one stream, ask along it, and show accuracy, tokens held and latency.
+    As `mmaccel demo stream`: push clips as one stream, ask along it, and show accuracy, tokens held and latency. As
+    `mmaccel demo generate`: clips of the embedded text-to-video model, dense beside the methods for diffusion.
     """
-    if what not in ("methods", "stream"):
-        raise typer.BadParameter(f"{what!r} is neither 'methods' nor 'stream'")
-    if what == "methods" and (method or max_tokens):
-        raise typer.BadParameter("--method and --max-tokens belong to 'mmaccel demo stream'")
+    if what not in ("methods", "stream", "generate"):
+        raise typer.BadParameter(f"{what!r} is none of 'methods', 'stream' and 'generate'")
+    if what == "methods" and method:
+        raise typer.BadParameter("--method belongs to 'mmaccel demo stream' and 'mmaccel demo generate'")
+    if what != "stream" and max_tokens:
+        raise typer.BadParameter("--max-tokens belongs to 'mmaccel demo stream'")
+    if what != "generate" and steps:
+        raise typer.BadParameter("--steps belongs to 'mmaccel demo generate'")
     with Terminal(json) as terminal:
         if what == "stream":
             from mmaccel.cli import demo_stream
 
             demo_stream.run(terminal, specs=method or [], clips=clips, max_tokens=max_tokens, seconds=seconds_budget)
+        elif what == "generate":
+            from mmaccel.cli import demo_generate
+
+            demo_generate.run(terminal, out, specs=method or [], clips=clips, steps=steps, seconds=seconds_budget)
         else:
             from mmaccel.cli.demo import run
 
@@ -105,6 +118,44 @@ def ask(
         run(
             terminal, video, question, source=model, specs=method or [], frames=frames, both=compare,
             max_new_tokens=max_new_tokens, repeats=repeats,
+        )  # fmt: skip
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="What to show; for the embedded model such as 'a red ring moves left'.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
+    ] = "tiny",
+    method: Specs = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Dense beside accelerated; hsa:runtime=0.5 if no method is given.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File; mmaccel-generated.mp4 or .png if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file; 16, embedded 8.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")] = None,
+    json: Json = False,
+) -> None:
+    """Generate a video (MP4) or an image (PNG) of a prompt, with or without acceleration."""
+    from mmaccel.cli import generate as command
+
+    with Terminal(json) as terminal:
+        command.run(
+            terminal, prompt, source=model, specs=method or [], both=compare, out=out, seed=seed, steps=steps,
+            guidance=guidance, sides=command.size(size, height, width), frames=frames, fps=fps, dtype=dtype,
+            device=device,
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_the_installed_command_is_this_one():
     assert found.load() is main
 
 
-@pytest.mark.parametrize("command", ["demo", "ask", "bench", "list", "explain", "probe"])
+@pytest.mark.parametrize("command", ["demo", "ask", "generate", "bench", "list", "explain", "probe"])
 def test_every_command_explains_itself(cli, command):
     code, out, _ = cli(command, "--help")
     assert code == 0
