@@ -6,15 +6,17 @@ import copy
 import json
 import platform
 import shutil
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["export_pipeline", "load_progress", "save_progress", "versions"]
+__all__ = ["export_pipeline", "load_progress", "save_progress", "timed", "versions"]
 
 
 def save_progress(path: Path, step: int, parts: Mapping[str, Any]) -> None:
@@ -32,6 +34,14 @@ def load_progress(path: Path, parts: Mapping[str, Any]) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
+
+
+@contextmanager
+def timed(seconds: dict[str, int], phase: str) -> Iterator[None]:
+    """Note in `seconds` how long the block took."""
+    begun = time.monotonic()
+    yield
+    seconds[phase] = round(time.monotonic() - begun)
 
 
 def versions() -> dict[str, str]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,11 +23,8 @@ from mmaccel.tiny.flow_training import Average, Draw, train_flow
 from mmaccel.tiny.generation_card import image_card
 from mmaccel.tiny.generation_scoring import generate_images, image_scores, image_story
 from mmaccel.tiny.generators import IMAGE_LABELS, image_pipeline, image_transformer, image_vae
-from mmaccel.tiny.progress import export_pipeline, versions
+from mmaccel.tiny.progress import export_pipeline, timed, versions
 from mmaccel.tiny.stories import render_story, stage
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["fold_scale", "label_frames", "main"]
 
@@ -113,17 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, int] = {}
 
-    @contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        seconds[phase] = round(time.monotonic() - begun)
-
     torch.manual_seed(options.seed)
     vae, transformer = image_vae(), image_transformer()
     prepare(vae)
     frames = label_frames(options.images)
-    with timed("autoencoder"):
+    with timed(seconds, "autoencoder"):
         train_autoencoder(
             vae,
             frames,
@@ -135,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
             sampled=True,
         )
     kept = options.work / "image-latents.safetensors"
-    with timed("latents"):
+    with timed(seconds, "latents"):
         if not kept.exists():
             latents = _latents(vae, frames)
             mean, deviation = normalise(latents)
@@ -164,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = image_scores(generate_images(pipe, list(IMAGE_LABELS), range(len(IMAGE_LABELS))), names)
             logger.info("read back at %d %s", step, found)
 
-    with timed("images"):
+    with timed(seconds, "images"):
         train_flow(
             transformer,
             average,

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -43,12 +41,9 @@ from mmaccel.tiny.generators import (
     video_transformer,
     video_vae,
 )
-from mmaccel.tiny.progress import export_pipeline, versions
+from mmaccel.tiny.progress import export_pipeline, timed, versions
 from mmaccel.tiny.prompt_training import embed, train_text_encoder
 from mmaccel.tiny.stories import SPLITS, sample_story
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["PaddedText", "main"]
 
@@ -169,16 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, int] = {}
 
-    @contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        seconds[phase] = round(time.monotonic() - begun)
-
     torch.manual_seed(options.seed)
     vae, tokenizer, encoder, transformer = video_vae(), prompt_tokenizer(), text_encoder(), video_transformer()
     prepare(vae)
-    with timed("autoencoder"):
+    with timed(seconds, "autoencoder"):
         clips = clip_frames(range(min(1000, options.clips)))
         for name, frames, batch, sampled, peak in (
             ("frames", 1, 16, False, 3e-3),
@@ -196,11 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
                 peak=peak,
             )
         del clips
-    with timed("prompts"):
+    with timed(seconds, "prompts"):
         read = train_text_encoder(encoder, tokenizer, steps=options.prompt_steps, seed=options.seed)
-    with timed("latents"):
+    with timed(seconds, "latents"):
         cached = _latents(vae, options.clips, options.work / "latents.safetensors")
-    with timed("decoder"):
+    with timed(seconds, "decoder"):
         clips = clip_frames(range(min(1000, options.clips)))
         shape = (1, -1, 1, 1, 1)
         known = cached["latents"][: len(clips)].float() * cached["deviation"].view(shape) + cached["mean"].view(shape)
@@ -242,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("clips", 16, options.clip_steps, 2e-3),
     ):
         sampler = _Sampler(transformer, cached["latents"], text, lengths, batch, phase == "pictures")
-        with timed(phase):
+        with timed(seconds, phase):
             train_flow(
                 transformer,
                 average,

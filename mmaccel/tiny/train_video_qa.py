@@ -13,8 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +24,11 @@ from mmaccel.tiny.corpus import Corpus, build_corpus, question_rows
 from mmaccel.tiny.encoder_training import encode_corpus, train_encoder
 from mmaccel.tiny.language_training import Memory, evaluate, fit_projector_to, train_language
 from mmaccel.tiny.processing import PATCH, WORDS, build_processor, build_tokenizer
+from mmaccel.tiny.progress import timed
 from mmaccel.tiny.scoring import score_folder
 from mmaccel.tiny.world import SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase, SiglipVisionModel
 
 __all__ = ["build_model", "export", "main"]
@@ -145,25 +142,19 @@ def main(arguments: list[str] | None = None) -> None:
     tower = model.model.vision_tower
     seconds: dict[str, int] = {}
 
-    @contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        seconds[phase] = round(time.monotonic() - begun)
-
     folder = options.work / "corpus"
     if not folder.exists():
-        with timed("render"):
+        with timed(seconds, "render"):
             build_corpus("train", options.clips, options.threads).save(folder)
     corpus = Corpus.load(folder)
     weights = options.work / "encoder.safetensors"
     if weights.exists():
         tower.load_state_dict(load_file(weights))
     else:
-        with timed("encoder"):
+        with timed(seconds, "encoder"):
             figures = train_encoder(tower, corpus, options.encoder_steps, options.seed)
         save_file(tower.state_dict(), weights, {name: f"{value:.4f}" for name, value in figures.items()})
-    with timed("features"):
+    with timed(seconds, "features"):
         memory = _memory(tower, corpus, "train", options.seed, False, options.work / "train.safetensors")
         unseen = build_corpus("validation", options.watch_clips, options.threads)
         watch = _memory(tower, unseen, "validation", options.seed, True, options.work / "validation.safetensors")
@@ -188,10 +179,10 @@ def main(arguments: list[str] | None = None) -> None:
     if weights.exists():
         model.load_state_dict(load_file(weights))
     else:
-        with timed("focus"):
+        with timed(seconds, "focus"):
             train_language(model, tokenizer, memory, options.focus_steps, options.seed, True, checkpoint=checkpoint)
         save_file(model.state_dict(), weights)
-    with timed("language"):
+    with timed(seconds, "language"):
         train_language(model, tokenizer, memory, options.language_steps, options.seed + 1, False, checkpoint=checkpoint)
     export(model, options.out, facts)
     facts["held-out"] = score_folder(options.out, "held-out", options.score_clips)

@@ -259,7 +259,6 @@ def test_missing_weights_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TEXT_TO_VIDEO_FOLDER.exists(), reason="the text-to-video weights are not shipped yet")
 def test_the_shipped_video_pipeline_draws_its_prompts():
     pipe = tiny.text_to_video()
     assert type(pipe) is diffusers.WanPipeline
@@ -275,7 +274,6 @@ def test_the_shipped_video_pipeline_draws_its_prompts():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLASS_TO_IMAGE_FOLDER.exists(), reason="the class-to-image weights are not shipped yet")
 def test_the_shipped_image_pipeline_draws_its_classes():
     pipe = tiny.class_to_image()
     assert type(pipe) is diffusers.DiTPipeline
