@@ -35,6 +35,8 @@ class Layout:
     with a pair of rotary tables may have; rotary_dim: their token axis; rotary_text: whether they begin with rows for
     the prompt. times: the block's argument that may hold one time embedding a token. output: which of a block's
     outputs are the latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
+    frames_first: a latent is [B, T, C, H, W]. guidance: whether pipelines compute its branches by a call each or by
+    one batch.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
@@ -46,6 +48,8 @@ class Layout:
     times: str = ""
     output: int | None = None
     projections: tuple[str, ...] = ()
+    frames_first: bool = False
+    guidance: Literal["calls", "batch"] = "batch"
 
     @property
     def one_choice(self) -> bool:
@@ -53,21 +57,24 @@ class Layout:
         return bool(self.rotary) and self.rotary_dim == 0
 
 
+_NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
         blocks=("blocks",), rotary=("rotary_emb",), times="temb",
-        projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"),
+        projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
-    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb", "freqs_cis"), times="temb", projections=_CROSS),
+    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb",), times="temb", projections=_CROSS),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
-        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0,
+        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0, guidance="calls",
     ),
-    "CogVideoXTransformer3DModel": Layout(text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0),
+    "CogVideoXTransformer3DModel": Layout(
+        text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0, frames_first=True,
+    ),
     "FluxTransformer2DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
-        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, rotary_text=True, output=1,
+        rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls",
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
     "PixArtTransformer2DModel": Layout(projections=_CROSS),
@@ -78,7 +85,7 @@ _LAYOUTS = {
 class Diffusion:
     """A pipeline's transformers, or a transformer by itself.
 
-    `transformers` has one entry, or two in pipelines whose early and late steps have a transformer each (Wan 2.2).
+    `transformers` has them by name: one, or two in pipelines whose early and late steps have one each (Wan 2.2).
 
     Raises:
         AdapterError: the pipeline has no transformer (U-Net pipelines are not supported).
@@ -86,13 +93,13 @@ class Diffusion:
 
     def __init__(self, model: Any) -> None:
         self.pipeline = model if isinstance(model, _classes("DiffusionPipeline")) else None
-        holder = (
-            (model,) if self.pipeline is None else (getattr(model, n, None) for n in ("transformer", "transformer_2"))
+        found = (
+            {"transformer": model} if self.pipeline is None else {name: getattr(model, name, None) for name in _NAMES}
         )
-        self.transformers = [transformer for transformer in holder if transformer is not None]
+        self.transformers = {name: transformer for name, transformer in found.items() if transformer is not None}
         if not self.transformers:
             raise AdapterError(f"{type(model).__name__} has no transformer; only transformer pipelines are supported.")
-        self.transformer = self.target = self.transformers[0]
+        self.transformer = self.target = next(iter(self.transformers.values()))
         self.family = type(self.transformer).__name__
 
     @property
@@ -135,27 +142,24 @@ class Diffusion:
             sizes = (*(depth,) * (axes - len(sizes)), *sizes)
         return sizes
 
-    def frames_first(self, transformer: Any) -> bool:
-        """Whether a 5-D latent is [B, T, C, H, W] (CogVideoX) rather than [B, C, T, H, W]."""
-        return type(transformer).__name__.startswith("CogVideoX")
-
     def parts(self, latents: Tensor) -> int:
         """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""
-        calls = hasattr(self.pipeline, "transformer_2") or type(self.pipeline).__name__.startswith(("Hunyuan", "Flux"))
-        if self.pipeline is None or calls or latents.shape[0] % 2:
+        if self.pipeline is None or self.layout.guidance == "calls" or latents.shape[0] % 2:
             return 1
         # not every pipeline keeps a note of its guidance, but all give both branches the same latents
         first, second = latents.chunk(2)
         return 2 if torch.equal(first, second) else 1
 
-    def output(self, transformer: Any, velocity: Tensor) -> Any:
+    def output(self, velocity: Tensor) -> Any:
         """What a transformer returns when it is not asked for a tuple."""
-        return sys.modules[type(transformer).__module__].Transformer2DModelOutput(sample=velocity)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=velocity)
 
     def guidance(self, transformer: Any) -> float | None:
         """The guidance scale of the running call, None if the pipeline does not say."""
         pipeline = self.pipeline
-        if pipeline is not None and len(self.transformers) > 1 and transformer is self.transformers[1]:
+        if transformer is self.transformers.get("transformer_2"):
             second = getattr(pipeline, "_guidance_scale_2", None)
             if second is not None:
                 return second

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmaccel.measure import Case, StageTimes
     from mmaccel.tiny.world import Question
 
-__all__ = ["run", "settings"]
+__all__ = ["run", "settings", "writable_folder"]
 
 KEEPS = (0.25, 0.10)
 BATCH = 4
@@ -46,7 +46,7 @@ def run(terminal: Terminal, out: Path, *, clips: int, seconds: float) -> None:
         MMAccelError: the folder cannot be written.
     """
     start = time.perf_counter()
-    folder = _writable(out)
+    folder = writable_folder(out)
     from mmaccel import measure
     from mmaccel.cli.models import load
     from mmaccel.cli.report_page import write_page
@@ -95,7 +95,8 @@ def settings(model: Any) -> list[str]:
     return [f"{name}:keep={keep:g}" for name in names for keep in KEEPS]
 
 
-def _writable(out: Path) -> Path:
+def writable_folder(out: Path) -> Path:
+    """The folder, with one for clips in it. Raises MMAccelError where nothing can be written."""
     probe = out / ".probe"
     try:
         (out / "clips").mkdir(parents=True, exist_ok=True)

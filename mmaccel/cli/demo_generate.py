@@ -67,14 +67,14 @@ def run(terminal: Terminal, out: Path, *, specs: Sequence[str], clips: int, step
     """
     start = time.perf_counter()
     from mmaccel.api import accelerate
-    from mmaccel.cli.demo import _writable
+    from mmaccel.cli.demo import writable_folder
     from mmaccel.cli.pipelines import Request, load_pipeline, measured, save, warm
     from mmaccel.compose import arrange, normalise
     from mmaccel.tiny import VIDEO_CALL, video_qa
     from mmaccel.tiny.stories import sample_story
 
     methods = [arrange(normalise([spec])) for spec in specs or settings()]
-    folder = _writable(out) / "clips"
+    folder = writable_folder(out) / "clips"
     files = []
     with ExitStack() as stack, terminal.progress() as progress:
         # a pipeline each, so that methods stay on and what they measured in their first call stays known

@@ -16,7 +16,7 @@ from mmaccel.errors import MMAccelError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["EMBEDDED", "Loaded", "load", "outline"]
+__all__ = ["EMBEDDED", "Loaded", "attempt", "load", "location", "outline", "quiet"]
 
 EMBEDDED = "embedded model (1.4 M parameters, knows only the rendered world it was trained on)"
 
@@ -39,7 +39,7 @@ def load(source: str | None) -> Loaded:
     Raises:
         MMAccelError: the checkpoint cannot be loaded as an image- or video-text model.
     """
-    _quiet()
+    quiet()
     if source is None:
         from mmaccel.tiny import video_qa
 
@@ -47,12 +47,12 @@ def load(source: str | None) -> Loaded:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    where = _where(source)
-    processor = _attempt(source, lambda: AutoProcessor.from_pretrained(source, **where))
+    where = location(source)
+    processor = attempt(source, lambda: AutoProcessor.from_pretrained(source, **where))
     if not hasattr(processor, "apply_chat_template") or getattr(processor, "tokenizer", None) is None:
         raise MMAccelError(f"{source} has no processor for text and pictures, so it cannot be asked about a video.")
     device = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = _attempt(
+    model = attempt(
         source,
         lambda: AutoModelForImageTextToText.from_pretrained(
             source, dtype="auto", attn_implementation="sdpa", **device, **where
@@ -70,7 +70,7 @@ def outline(source: str) -> Any:
     Raises:
         MMAccelError: nothing can be built from it.
     """
-    _quiet()
+    quiet()
     from mmaccel.tiny import VIDEO_QA_FOLDER
     from mmaccel.tiny.families import FAMILIES, REAL
 
@@ -87,7 +87,7 @@ def outline(source: str) -> Any:
     names = ("tiny", "tiny-text", "tiny-wan", *FAMILIES, *REAL)
     if not source.strip() or (not Path(source).exists() and "/" not in source):
         raise MMAccelError(f"{source!r} is no folder, no Hugging Face ID and none of {', '.join(names)}.")
-    where = _where(source)
+    where = location(source)
     if (Path(source) / "model_index.json").exists():
         return _diffusion(source, where)
     try:
@@ -104,7 +104,7 @@ def outline(source: str) -> Any:
 def _from_config(source: str, where: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return _bare(source, _attempt(source, lambda: AutoConfig.from_pretrained(source, **where)))
+    return _bare(source, attempt(source, lambda: AutoConfig.from_pretrained(source, **where)))
 
 
 def _bare(source: str, config: Any) -> Any:
@@ -114,7 +114,7 @@ def _bare(source: str, config: Any) -> Any:
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             with init_empty_weights():
-                return _attempt(source, lambda auto=auto: auto.from_config(config)).eval()
+                return attempt(source, lambda auto=auto: auto.from_config(config)).eval()
     raise MMAccelError(f"{source} is a {config.model_type}, which is no image-, video- or text-language model.")
 
 
@@ -123,17 +123,17 @@ def _diffusion(source: str, where: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
     library: Any = diffusers
-    index = _attempt(source, lambda: library.DiffusionPipeline.load_config(source, **where))
+    index = attempt(source, lambda: library.DiffusionPipeline.load_config(source, **where))
     entry = index.get("transformer")
     if not entry or not hasattr(library, entry[1] or ""):
         raise MMAccelError(f"{source} is a diffusers pipeline without a transformer of diffusers.")
     cls = getattr(library, entry[1])
-    config = _attempt(source, lambda: cls.load_config(source, subfolder="transformer", **where))
+    config = attempt(source, lambda: cls.load_config(source, subfolder="transformer", **where))
     with init_empty_weights():
         return cls.from_config(config)
 
 
-def _where(source: str) -> dict[str, Any]:
+def location(source: str) -> dict[str, Any]:
     """Where to look: a folder, the hub, or, when that cannot be reached, what has been downloaded before."""
     if Path(source).is_dir():
         return {"local_files_only": True}
@@ -161,7 +161,8 @@ def _cached(source: str, name: str) -> bool:
     return isinstance(try_to_load_from_cache(source, name), str)
 
 
-def _attempt(source: str, action: Callable[[], Any]) -> Any:
+def attempt(source: str, action: Callable[[], Any]) -> Any:
+    """What `action` gives; whatever a loader stumbles over becomes one MMAccelError that names `source`."""
     try:
         return action()
     except MMAccelError:
@@ -174,7 +175,8 @@ def _attempt(source: str, action: Callable[[], Any]) -> Any:
         raise MMAccelError(f"{source} cannot be loaded: {reason[:400]}") from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Have transformers and the hub say errors only, without bars of their own."""
     from transformers.utils import logging as library_logging
 
     library_logging.set_verbosity_error()

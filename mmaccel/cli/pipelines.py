@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmaccel.cli.models import _attempt, _quiet, _where
+from mmaccel.cli.models import attempt, location, quiet
 from mmaccel.cli.terminal import one_line
 from mmaccel.errors import MMAccelError, NonFiniteError, NotApplicableError
 
@@ -123,7 +123,7 @@ def load_pipeline(source: str | None, *, dtype: str | None = None, device: str |
     if dtype is not None and dtype not in _DTYPES:
         raise MMAccelError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}.")
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" and source not in (None, "tiny") else "float32"))
-    _quiet()
+    quiet()
     from diffusers.utils import logging as library_logging
 
     library_logging.set_verbosity_error()
@@ -135,22 +135,22 @@ def load_pipeline(source: str | None, *, dtype: str | None = None, device: str |
         return Pipeline(pipe, EMBEDDED, _takes(pipe), dict(VIDEO_CALL), fps=8.0)
     import diffusers
 
-    where = _where(source)
+    where = location(source)
     library: Any = diffusers
-    index = _attempt(source, lambda: library.DiffusionPipeline.load_config(source, **where))
+    index = attempt(source, lambda: library.DiffusionPipeline.load_config(source, **where))
     if not (index.get("transformer") or [None])[0]:
         raise NotApplicableError(
             f"{source} is a {index.get('_class_name', 'pipeline')} without a transformer; only transformer pipelines "
             "are supported."
         )
-    pipe = _attempt(source, lambda: library.DiffusionPipeline.from_pretrained(source, torch_dtype=kind, **where))
+    pipe = attempt(source, lambda: library.DiffusionPipeline.from_pretrained(source, torch_dtype=kind, **where))
     pipe.set_progress_bar_config(disable=True)
     missing = _needs(pipe) - {"prompt", "class_labels"}
     if missing:
         raise NotApplicableError(
             f"{source} is a {type(pipe).__name__}, which needs more than a prompt: {', '.join(sorted(missing))}."
         )
-    return Pipeline(_attempt(source, lambda: pipe.to(place)), source, _takes(pipe))
+    return Pipeline(attempt(source, lambda: pipe.to(place)), source, _takes(pipe))
 
 
 def _device(name: str | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from mmaccel.core.denoising import Call, Denoising
 from mmaccel.core.free_memory import free_memory
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues
-from mmaccel.core.token_rows import TokenRows, latent_tokens, token_mask
+from mmaccel.core.token_rows import TokenRows, latent_tokens, token_grid, token_mask
 from mmaccel.errors import MethodError, NonFiniteError
 from mmaccel.report import Report
 from mmaccel.tokens.signals import change
@@ -88,7 +89,7 @@ class HeldVelocity:
     def install(self, patcher: Patcher) -> None:
         """Put the hooks on every transformer of the pipeline."""
         patcher.on_undo(self._forget)
-        for transformer in self.site.transformers:
+        for transformer in self.site.transformers.values():
             blocks = self.site.blocks(transformer)
             rows = TokenRows(self.site.layout)
             rows.install(patcher, blocks)
@@ -168,9 +169,9 @@ class HeldVelocity:
         transformer: Any, rows: TokenRows,
     ) -> Any:  # fmt: skip
         latents, time = given["hidden_states"], given["timestep"]
-        frames_first = self.site.frames_first(transformer)
+        frames_first = self.site.layout.frames_first
         patch = self.site.patch(transformer, latents)
-        rows.tokens = run.tokens = self._tokens(latents, patch, frames_first)
+        rows.tokens = run.tokens = math.prod(token_grid(latents, patch, frames_first))
         chosen = self._rows(run, at.step)
         count = run.tokens if chosen is None else len(chosen)
         self.report.count(self.name, "transformer", run.tokens, count)
@@ -189,7 +190,7 @@ class HeldVelocity:
         assert run.order is not None
         if not count:
             held = self._merge(branch, None, None, time)
-            return (held,) if given.get("return_dict") is False else self.site.output(transformer, held)
+            return (held,) if given.get("return_dict") is False else self.site.output(held)
         rows.kept = branch.kept
         rows.rows = self._places(run, chosen, latents)
         velocity, rebuild = _velocity(call(*args, **kwargs))
@@ -201,17 +202,6 @@ class HeldVelocity:
         assert run.order is not None
         rows = run.order.index_select(1, chosen.to(run.order.device)).sort(1).values
         return rows if rows.shape[0] in (1, latents.shape[0]) else rows.repeat(run.parts, 1)
-
-    def _tokens(self, latents: Tensor, patch: tuple[int, ...], frames_first: bool) -> int:
-        if not patch:
-            return latents.shape[1]
-        count = 1
-        shape = list(latents.shape[-len(patch) :])
-        if frames_first:
-            shape[0] = latents.shape[1]
-        for length, size in zip(shape, patch, strict=True):
-            count *= length // size
-        return count
 
     def _whole(self, branch: _Branch, velocity: Tensor, time: Tensor) -> None:
         now = time.detach().float().max()
@@ -276,7 +266,7 @@ class HeldVelocity:
             for attribute in self.site.layout.attention
             if getattr(block, attribute, None) is not None
         ]
-        dtype = next(transformer.parameters()).dtype if not latents.is_floating_point() else latents.dtype
+        dtype = latents.dtype
         if at.branch == 0:
             self._check_memory(
                 len(attentions), tokens * latents.shape[0] * len(run.branches), dtype, latents, transformer

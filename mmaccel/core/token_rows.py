@@ -12,7 +12,7 @@ from torch import Tensor
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues, RowAttention
 
-__all__ = ["TokenRows", "latent_tokens", "token_mask"]
+__all__ = ["TokenRows", "latent_tokens", "token_grid", "token_mask"]
 
 
 def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
@@ -31,14 +31,21 @@ def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = 
     return latents.permute(0, *grid, 1, *inside).flatten(1 + len(patch)).flatten(1, len(patch))
 
 
+def token_grid(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> tuple[int, ...]:
+    """Tokens along each axis of latents of the shapes that `latent_tokens` takes; (N,) for [B, N, C]."""
+    if not patch:
+        return (latents.shape[1],)
+    lengths = list(latents.shape[-len(patch) :])
+    if frames_first:
+        lengths[0] = latents.shape[1]
+    return tuple(length // size for length, size in zip(lengths, patch, strict=True))
+
+
 def token_mask(chosen: Tensor, latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
     """`chosen` bool [B, N] as a mask that broadcasts to `latents` of the shapes that `latent_tokens` takes."""
     if not patch:
         return chosen[..., None]
-    shape = list(latents.shape[-len(patch) :])
-    if frames_first:
-        shape[0] = latents.shape[1]
-    mask = chosen.unflatten(1, [length // size for length, size in zip(shape, patch, strict=True)])
+    mask = chosen.unflatten(1, token_grid(latents, patch, frames_first))
     for axis, size in enumerate(patch):
         mask = mask.repeat_interleave(size, dim=1 + axis)
     return mask.unsqueeze(2 if frames_first else 1)

@@ -15,16 +15,9 @@ if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
-__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps", "transformers"]
+__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps"]
 
 STEPS = "on the steps of the diffusion transformer"
-
-
-def transformers(site: Any) -> dict[str, Any]:
-    """The transformers by name; Wan 2.2 has two, each for a part of the steps."""
-    second = getattr(site.pipeline, "transformer_2", None)
-    found = {"transformer": site.transformer}
-    return found if second is None else {**found, "transformer_2": second}
 
 
 def blocks(transformer: Any) -> dict[str, Any]:
@@ -125,7 +118,7 @@ class DiffusersCache(Method):
             ConflictError: a cache of diffusers is switched on already.
         """
         touches = []
-        for name, transformer in transformers(target.site).items():
+        for name, transformer in target.site.transformers.items():
             kind = type(transformer).__name__
             if not hasattr(transformer, "enable_cache"):
                 raise NotApplicableError(f"{kind} has no cache interface of diffusers.")
@@ -141,7 +134,7 @@ class DiffusersCache(Method):
     def install(self, installer: Installer) -> None:
         """Have diffusers put its hooks on, and note which traces to take away behind them."""
         site, patcher = installer.target.site, installer.patcher
-        for transformer in transformers(site).values():
+        for transformer in site.transformers.values():
             clock, before, called = Clock(site.pipeline), _traces(transformer), []
             config = self.config(transformer, clock)
             # whatever fails half way must find its undo recorded

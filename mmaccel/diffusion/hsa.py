@@ -79,8 +79,7 @@ class HSA(Method):
                 "scheduler such as FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
             )
         touches = []
-        for number, transformer in enumerate(site.transformers):
-            name = "transformer" if not number else f"transformer_{number + 1}"
+        for name, transformer in site.transformers.items():
             touches.append(Touch(name, "holds and merges velocities"))
             for block, module in site.blocks(transformer).items():
                 touches.append(Touch(f"{name}.{block}", "computes the rows whose turn it is"))

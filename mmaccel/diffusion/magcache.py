@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks, transformers
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks
 from mmaccel.diffusion.diffusers_caches import count_steps as count
 from mmaccel.errors import NotApplicableError
 from mmaccel.method import Info, Stage, knob
@@ -53,7 +53,7 @@ class MagCache(DiffusersCache):
         Raises:
             NotApplicableError: two transformers, each with an unknown part of the steps.
         """
-        if len(transformers(target.site)) > 1:
+        if len(target.site.transformers) > 1:
             raise NotApplicableError(
                 "magcache does not fit a pipeline with two transformers: each runs an unknown part of the steps."
             )

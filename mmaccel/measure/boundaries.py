@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Spans", "split", "watch"]
+__all__ = ["Spans", "split", "watch", "watch_module"]
 
 
 class Spans:
@@ -81,17 +81,18 @@ def watch(model: Any, read: Callable[[], Any]) -> Iterator[Spans]:
         running: list[str] = []
         for method in site.encoders.values():
             _watch_method(patcher, spans, site.root, method, running)
-        _watch_module(patcher, spans, site.vision_tower, "tower")
+        watch_module(patcher, spans, site.vision_tower, "tower")
         projector = get_module(site.root, site.projector)
         if any(module is projector for module in site.vision_tower.modules()):
-            _watch_module(patcher, spans, projector, "merger")
-        _watch_module(patcher, spans, site.language_model, "prefill")
+            watch_module(patcher, spans, projector, "merger")
+        watch_module(patcher, spans, site.language_model, "prefill")
         yield spans
     finally:
         patcher.undo()
 
 
-def _watch_module(patcher: Patcher, spans: Spans, module: nn.Module, account: str) -> None:
+def watch_module(patcher: Patcher, spans: Spans, module: nn.Module, account: str) -> None:
+    """Put the calls of a module down to `account`, mmaccel's hooks on it included."""
     started: list[Any] = []
 
     def enter(_module: nn.Module, _args: Any, _kwargs: Any) -> None:

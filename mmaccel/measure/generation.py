@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmaccel.core.patching import Patcher
-from mmaccel.measure.boundaries import Spans, _watch_module
-from mmaccel.measure.stages import _Clock
+from mmaccel.measure.boundaries import Spans, watch_module
+from mmaccel.measure.stages import DeviceClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def pipeline_stages(pipe: Any, call: Callable[[], Any]) -> tuple[Any, dict[str, 
     inside of it; what a method does in the scheduler is part of "rest". On CUDA they are told apart by events on the
     stream, without a wait between them. The pipeline is left exactly as it was, also by a call that raises.
     """
-    clock = _Clock(torch.device(getattr(pipe, "_execution_device", pipe.device)))
+    clock = DeviceClock(torch.device(getattr(pipe, "_execution_device", pipe.device)))
     with watch_pipeline(pipe, clock.read) as spans:
         start = clock.wait()
         result = call()
@@ -45,7 +45,7 @@ def watch_pipeline(pipe: Any, read: Callable[[], Any]) -> Iterator[Spans]:
             if not isinstance(part, torch.nn.Module):
                 continue
             if name.startswith(("text_encoder", "transformer")):
-                _watch_module(patcher, spans, part, name.rstrip("_0123456789").replace("_", " "))
+                watch_module(patcher, spans, part, name.rstrip("_0123456789").replace("_", " "))
             elif name.startswith("vae"):
                 # pipelines call these by name, where hooks of modules do not run
                 for method in ("encode", "decode"):

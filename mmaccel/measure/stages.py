@@ -19,7 +19,7 @@ from mmaccel.measure.boundaries import split, watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["DENSE", "Spread", "StageTimes", "compare", "first_token", "time_per_output_token", "ttft"]
+__all__ = ["DENSE", "DeviceClock", "Spread", "StageTimes", "compare", "first_token", "time_per_output_token", "ttft"]
 
 DENSE = "dense"
 
@@ -63,7 +63,7 @@ class StageTimes:
         return asdict(self)
 
 
-class _Clock:
+class DeviceClock:
     """Reads the time of the host, or marks a place in the stream of a GPU without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -186,7 +186,7 @@ def compare(
 
 
 def _one_call(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    clock = _Clock(next(video_lm(model).target.parameters()).device)
+    clock = DeviceClock(next(video_lm(model).target.parameters()).device)
     with watch(model, clock.read) as spans:
         start = clock.wait()
         first_token(model, inputs)
@@ -208,7 +208,7 @@ def time_per_output_token(
     if not hasattr(model, "generate"):
         raise MMAccelError(f"{type(model).__name__} has no generate, so it has no output tokens to time.")
     language_model = video_lm(model).language_model
-    clock = _Clock(next(model.parameters()).device)
+    clock = DeviceClock(next(model.parameters()).device)
     seconds = []
     for number in range(warmup + repeats):
         ends: list[Any] = []

@@ -47,12 +47,6 @@ class StepPlan:
         turn = torch.arange(tokens) % divisor if self.staggered else 0
         return (torch.arange(1, self.window + 1)[:, None] + turn) % divisor == 0
 
-    def runtime(self, tokens: int) -> float:
-        """The fraction of all token evaluations that this plan makes."""
-        if not self.window:
-            return 1.0
-        return float((self.first + self.last + self.active(tokens).float().mean(1).sum()) / self.steps)
-
 
 def smallest_runtime(steps: int, first: int, last: int, divisor: int) -> float:
     """The runtime with every token at one divisor between the dense steps."""

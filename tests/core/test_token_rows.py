@@ -140,7 +140,7 @@ def test_rows_over_stored_keys_are_those_of_the_whole(family):
     site = Diffusion(model)
     dense = model(**given)[0]
     latents = given["hidden_states"]
-    first = site.frames_first(model)
+    first = site.layout.frames_first
     patch = site.patch(model, latents)
     tokens = latent_tokens(latents, patch, first).shape[1]
     patcher, rows = Patcher(), TokenRows(site.layout)
