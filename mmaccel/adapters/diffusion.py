@@ -30,7 +30,8 @@ def fits(model: Any) -> bool:
 class Layout:
     """How a family of transformers treats the tokens of a latent.
 
-    blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token. text:
+    blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token.
+    cross: of those that see the prompt alone. mlp: of its feed-forwards. text:
     where the prompt's tokens stand among the keys of these, if they are there. rotary: names that a block's argument
     with a pair of rotary tables may have; rotary_dim: their token axis; rotary_text: whether they begin with rows for
     the prompt. times: the block's argument that may hold one time embedding a token. output: which of a block's
@@ -41,6 +42,8 @@ class Layout:
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention: tuple[str, ...] = ("attn1",)
+    cross: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("ff",)
     text: Literal["none", "first", "last"] = "none"
     rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
@@ -61,10 +64,12 @@ _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), rotary=("rotary_emb",), times="temb",
+        blocks=("blocks",), cross=("attn2",), mlp=("ffn",), rotary=("rotary_emb",), times="temb",
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
-    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb",), times="temb", projections=_CROSS),
+    "LTXVideoTransformer3DModel": Layout(
+        cross=("attn2",), rotary=("image_rotary_emb",), times="temb", projections=_CROSS
+    ),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
         rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0, guidance="calls",
@@ -77,7 +82,7 @@ _LAYOUTS = {
         rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls",
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
-    "PixArtTransformer2DModel": Layout(projections=_CROSS),
+    "PixArtTransformer2DModel": Layout(cross=("attn2",), projections=_CROSS),
     "DiTTransformer2DModel": Layout(),
 }  # fmt: skip
 

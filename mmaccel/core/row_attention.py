@@ -25,6 +25,11 @@ class KeysValues:
     def __len__(self) -> int:
         return len(self._stored)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory held, in bytes."""
+        return sum(part.nbytes for part in self._stored)
+
     def store(self, *parts: Tensor) -> None:
         """Take keys and values over; they are copied only where dtype or device ask for it, or a gradient is wanted."""
         self._stored = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues, RowAttention
 
-__all__ = ["TokenRows", "latent_tokens", "token_grid", "token_mask"]
+__all__ = ["TokenRows", "latent_tokens", "take_rows", "token_grid", "token_mask"]
 
 
 def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
@@ -93,13 +93,13 @@ class TokenRows:
             bound = signature.bind(block, *args, **kwargs)
             given = bound.arguments
             if first:
-                given["hidden_states"] = _take(given["hidden_states"], self.rows, 1)
+                given["hidden_states"] = take_rows(given["hidden_states"], self.rows, 1)
             for name in self.layout.rotary:
                 if given.get(name) is not None:
                     given[name] = self._rotary(given[name])
             times = given.get(self.layout.times)
             if times is not None and times.shape[1] == self.tokens and times.ndim > 2:
-                given[self.layout.times] = _take(times, self.rows, 1)
+                given[self.layout.times] = take_rows(times, self.rows, 1)
             return bound.args[1:], bound.kwargs
 
         return gather
@@ -116,7 +116,7 @@ class TokenRows:
     def _take_table(self, table: Tensor, axis: int) -> Tensor:
         assert self.rows is not None
         if axis:
-            return _take(table, self.rows, axis)
+            return take_rows(table, self.rows, axis)
         head = table.shape[0] - self.tokens if self.layout.rotary_text else 0
         rows = self.rows[0] + head
         if head:
@@ -145,7 +145,7 @@ class TokenRows:
         return around
 
 
-def _take(values: Tensor, rows: Tensor, axis: int) -> Tensor:
+def take_rows(values: Tensor, rows: Tensor, axis: int) -> Tensor:
     """Rows int64 [B or 1, m] of `values` [B or 1, N, ...] along axis 1."""
     batch = max(values.shape[0], rows.shape[0])
     shape = (batch, rows.shape[1], *values.shape[2:])

@@ -2,12 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from mmaccel.errors import MethodError
 
-__all__ = ["cheapest_levels", "rows_of_level"]
+__all__ = ["SparsePlan", "cheapest_levels", "rows_of_level"]
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """Which share of the tokens is computed at each step, in each layer, in each kind of module.
+
+    units: int64 (T, L, M), of `whole` units each. kinds: names of the M kinds of modules. cost: share of the work of
+    computing everything, in the measure that the plan was made for.
+    """
+
+    units: torch.Tensor
+    whole: int
+    kinds: tuple[str, ...]
+    cost: float
+
+    @property
+    def partial(self) -> bool:
+        """Whether any level lies between none and all."""
+        return bool(((self.units > 0) & (self.units < self.whole)).any())
+
+    def counts(self, step: int, tokens: int) -> list[int]:
+        """How many of `tokens` modules compute at a step, each number once."""
+        units = self.units[min(step, len(self.units) - 1)].unique().tolist()
+        return [rows_of_level(level, self.whole, tokens) for level in units]
+
+    def at(self, step: int, layer: int, kind: str) -> int:
+        """Units of a module at a step; a step behind the last is as the last."""
+        return int(self.units[min(step, len(self.units) - 1), layer, self.kinds.index(kind)])
+
+    def rows(self, step: int, layer: int, kind: str, tokens: int) -> int:
+        """How many of `tokens` a module computes at a step."""
+        return rows_of_level(self.at(step, layer, kind), self.whole, tokens)
+
+    def ahead(self, step: int, layer: int, kind: str, *, later: bool = False) -> bool:
+        """Whether the next step, or with `later` any that follows, takes something from what this one leaves."""
+        end = len(self.units) if later else min(step + 2, len(self.units))
+        return any(self.at(other, layer, kind) < self.whole for other in range(step + 1, end))
+
+    def partial_ahead(self, step: int, layer: int, kind: str, *, first: bool = True) -> bool:
+        """Whether a later step computes some tokens of a module, with `first` before one computes all of them."""
+        units = [self.at(later, layer, kind) for later in range(step + 1, len(self.units))]
+        units = [value for value in units if value]
+        return any(value < self.whole for value in (units[:1] if first else units))
 
 
 def rows_of_level(units: int, whole: int, tokens: int) -> int:

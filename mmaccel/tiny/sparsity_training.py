@@ -1,0 +1,225 @@
+"""DiffSparse's learned allocation: a table of costs is trained through the cached sampler by straight-through choices.
+
+"DiffSparse: Accelerating Diffusion Transformers with Learned Token Sparsity" (2026), from a note on the paper. Inferred:
+the normalisation of costs (a softmax over levels), the form of the straight-through estimator, the learning rate, how
+the step costs are trained (steps that are not whole take everything from the cache).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mmaccel.core.patching import Patcher
+from mmaccel.core.token_cache import Entry, Module, Now, TokenCache
+from mmaccel.report import Report
+from mmaccel.tiny.progress import load_progress, save_progress
+from mmaccel.tokens.levels import SparsePlan, cheapest_levels, rows_of_level
+
+__all__ = ["CostTable", "Pool", "SoftTokenCache", "sample", "train_table", "warm_start"]
+
+logger = logging.getLogger(__name__)
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+class _Blend(TorchFunctionMode):
+    """Attention to keys and values that are fresh by a weight [B, N] and old by the rest; remembers the blend."""
+
+    def __init__(self, old: tuple[Tensor, Tensor] | None, weight: Tensor | None) -> None:
+        super().__init__()
+        self.old, self.weight, self.seen = old, weight, ()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass every function on, and this one with blended keys and values."""
+        kwargs = kwargs or {}
+        if func is not _SDPA:
+            return func(*args, **kwargs)
+        query, *new = (*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args[:3]) :]))
+        rest = {name: value for name, value in kwargs.items() if name not in ("query", "key", "value")}
+        if self.old is not None and self.weight is not None:
+            new = [torch.lerp(old, fresh, self.weight[:, None, :, None]) for old, fresh in zip(self.old, new, strict=True)]
+        self.seen = tuple(new)
+        return func(query, *new, *args[3:], **rest)
+
+
+class SoftTokenCache(TokenCache):
+    """A token cache that computes every row and blends by weights, so that gradients reach the choice of levels.
+
+    `weights` [T, L, S] are one-hot in value; the outputs are those of the `TokenCache` with the same plan.
+    """
+
+    weights: Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ranking: Tensor | None = None
+        self._keys: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _look(self, now: Now, module: Module, states: Tensor, count: int, *, first: bool) -> str:
+        if first:
+            self._ranking = now.choice.ranking("", states)
+            now.choice.look("", states, max(*now.plan.counts(now.at.step, now.tokens), count))
+        return ""
+
+    def _module(self, now: Now, module: Module, call: Any, bound: Any, states: Tensor, *, first: bool) -> Tensor:
+        entry = now.entries.get(module.name)
+        count = now.plan.rows(now.at.step, module.layer, module.kind, now.tokens) if entry is not None else now.tokens
+        self._look(now, module, states, count, first=first)
+        weight = None if entry is None else self._weight(now, module, states.shape[0])
+        old = self._keys.get(module.name) if entry is not None else None
+        with _Blend(old, weight) as blend:
+            fresh = call(*bound.args[1:], **bound.kwargs)
+        if module.kind == "self-attention":
+            self._keys[module.name] = blend.seen  # type: ignore[assignment]
+        time = torch.full((states.shape[0], now.tokens, 1), now.time)
+        if entry is None or weight is None:
+            now.entries[module.name] = Entry(fresh, time)
+            return fresh
+        share = weight[..., None]
+        result = torch.lerp(self._held(entry, now.time), fresh, share)
+        if self.order:
+            gap = time - entry.since
+            slope = (fresh - entry.output) / torch.where(gap == 0, torch.ones_like(gap), gap)
+            entry.slope = torch.lerp(torch.zeros_like(slope) if entry.slope is None else entry.slope, slope, share)
+            entry.output = torch.lerp(entry.output, fresh, share)
+            entry.since = torch.where(share.detach() > 0.5, time, entry.since)
+        else:
+            entry.output = result
+        return result
+
+    def _weight(self, now: Now, module: Module, batch: int) -> Tensor:
+        assert self.weights is not None and self._ranking is not None
+        order = self._ranking if self._ranking.shape[0] in (1, batch) else self._ranking.repeat(batch // len(self._ranking), 1)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(now.tokens).expand_as(order).contiguous())
+        choice = self.weights[now.at.step, module.layer]
+        levels = len(choice) - 1
+        shares = [(rank < rows_of_level(level, levels, now.tokens)).to(choice.dtype) for level in range(levels + 1)]
+        return torch.einsum("s,sbn->bn", choice, torch.stack(shares)).expand(batch, -1)
+
+
+class CostTable(torch.nn.Module):
+    """Costs [R, S] of levels; a level computes `level / (S - 1)` of the tokens. `fixed` [R] rows may not choose."""
+
+    def __init__(self, rows: int, levels: int, total: int, fixed: Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        self.costs = torch.nn.Parameter(1e-2 * torch.randn(rows, levels, generator=generator))
+        self.total, self.fixed = total, fixed
+
+    def levels(self) -> Tensor:
+        """The levels of least cost with the whole budget, int64 [R]."""
+        # a softmax keeps one row from outbidding all others
+        shares = torch.softmax(-self.costs.detach().double(), 1)
+        return cheapest_levels(-shares, torch.arange(shares.shape[1]), self.total, self.fixed)
+
+    def choices(self, levels: Tensor) -> Tensor:
+        """One-hot choices [R, S] whose gradient is that of the softmax."""
+        shares = torch.softmax(-self.costs, 1)
+        return torch.nn.functional.one_hot(levels, shares.shape[1]) + shares - shares.detach()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Noise and classes, and what the full sampler makes of them: latents and images of the teacher."""
+
+    noise: Tensor
+    labels: Tensor
+    latents: Tensor
+    images: Tensor
+
+
+def sample(pipe: Any, noise: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor:
+    """What a `DiTPipeline` makes of noise, as latents [B, C, H, W], with gradients where they are asked for."""
+    pipe.scheduler.set_timesteps(steps)
+    latents = noise
+    empty = torch.full_like(labels, 1000)
+    for time in pipe.scheduler.timesteps:
+        both = torch.cat([latents, latents])
+        velocity = pipe.transformer(
+            both, timestep=time.expand(len(both)), class_labels=torch.cat([labels, empty])
+        ).sample
+        wanted, other = velocity.chunk(2)
+        latents = pipe.scheduler.step(other + guidance * (wanted - other), time, latents).prev_sample
+    return latents
+
+
+def _features(vae: Any, images: Tensor) -> list[Tensor]:
+    hidden, found = vae.encoder.conv_in(images), []
+    for block in vae.encoder.down_blocks:
+        hidden = block(hidden)
+        found.append(torch.nn.functional.normalize(hidden, dim=1))
+    return found
+
+
+def distance(vae: Any, images: Tensor, wanted: Tensor) -> Tensor:
+    """Distance [B] of images [B, 3, H, W]: root mean square of pixels, and of unit features of the autoencoder.
+
+    It stands for LPIPS, whose network is not at hand.
+    """
+    total = (images - wanted).square().mean((1, 2, 3)).add(1e-8).sqrt()
+    for one, two in zip(_features(vae, images), _features(vae, wanted), strict=True):
+        total = total + (one - two).square().sum(1).mean((1, 2)).add(1e-8).sqrt()
+    return total
+
+
+def warm_start(table: CostTable, steps: Sequence[int], layers: int, delta: float) -> None:
+    """Lower the cost of computing everything at whole steps by `delta`."""
+    with torch.no_grad():
+        for step in steps:
+            table.costs[step * layers : (step + 1) * layers, -1] -= delta
+
+
+def train_table(
+    pipe: Any, table: CostTable, pool: Pool, path: Path, *, spread: Callable[[Tensor], Tensor], steps: int, guidance: float,
+    iterations: int, batch: int, seed: int, cache: SoftTokenCache, plans: list[SparsePlan], peak: float,
+) -> list[float]:  # fmt: skip
+    """Train a table in place; `spread` makes choices [T, L, S] of those of its rows. Resumes from `path`.
+
+    An iteration depends on its number alone. Returns the losses of the iterations that were run.
+    """
+    optimizer = torch.optim.AdamW(table.parameters(), lr=peak, betas=(0.8, 0.95), weight_decay=0.0)
+    parts = {"table": table, "optimizer": optimizer}
+    losses: list[float] = []
+    for step in range(load_progress(path, parts), iterations):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        some = torch.randperm(len(pool.noise), generator=generator)[:batch]
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (1.0 - 0.9 * step / iterations)
+        levels = table.levels()
+        choices = spread(table.choices(levels))
+        units = choices.detach().argmax(2)
+        cache.weights = choices
+        plans[0] = SparsePlan(units[..., None].expand(-1, -1, len(plans[0].kinds)), choices.shape[2] - 1, plans[0].kinds, 0.0)
+        latents = sample(pipe, pool.noise[some], pool.labels[some], steps, guidance)
+        images = pipe.vae.decode(latents).sample
+        loss = distance(pipe.vae, images, pool.images[some]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = table.costs.grad
+        assert gradient is not None
+        # AdamW divides each entry by its own size; below the size of the whole table it must not, or rows that do not
+        # matter would bid as loudly as those that do
+        optimizer.param_groups[0]["eps"] = float(gradient.square().mean().sqrt()) or 1e-8
+        optimizer.step()
+        losses.append(float(loss))
+        if (step + 1) % 10 == 0:
+            recent = sum(losses[-10:]) / len(losses[-10:])
+            logger.info("%s %d loss %.4f levels of steps %s", path.stem, step + 1, recent, units.sum(1).tolist())
+        if (step + 1) % 20 == 0 or step + 1 == iterations:
+            save_progress(path, step + 1, parts)
+    return losses
+
+
+def soft_cache(pipe: Any, site: Any, kinds: tuple[str, ...], order: int, patcher: Patcher) -> tuple[SoftTokenCache, list[SparsePlan]]:
+    """Put a soft cache on a pipeline; the plan that runs is the one in the list."""
+    plans = [SparsePlan(torch.zeros(1, 1, len(kinds), dtype=torch.int64), 1, kinds, 0.0)]
+    cache = SoftTokenCache(site, Report(), "training", lambda _steps, _layers: plans[0], None, order)
+    cache.install(patcher)
+    return cache, plans
