@@ -23,7 +23,7 @@ from mmaccel.report import Report
 from mmaccel.tiny.progress import load_progress, save_progress
 from mmaccel.tokens.levels import SparsePlan, cheapest_levels, rows_of_level
 
-__all__ = ["CostTable", "Pool", "SoftTokenCache", "sample", "train_table", "warm_start"]
+__all__ = ["CostTable", "Pool", "SoftTokenCache", "Student", "distance", "sample", "train_table", "warm_start"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +113,16 @@ class CostTable(torch.nn.Module):
         self.costs = torch.nn.Parameter(1e-2 * torch.randn(rows, levels, generator=generator))
         self.total, self.fixed = total, fixed
 
-    def levels(self) -> Tensor:
-        """The levels of least cost with the whole budget, int64 [R]."""
+    def levels(self, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """The levels of least cost with the whole budget, int64 [R]; `noise` scales Gumbel noise on the costs."""
+        costs = self.costs.detach().double()
+        if noise:
+            uniform = torch.rand(costs.shape, generator=generator, dtype=torch.float64).clamp(1e-9, 1.0 - 1e-9)
+            costs = costs + noise * uniform.log().neg().log()
         # a softmax keeps one row from outbidding all others
-        shares = torch.softmax(-self.costs.detach().double(), 1)
-        return cheapest_levels(-shares, torch.arange(shares.shape[1]), self.total, self.fixed)
+        return cheapest_levels(
+            -torch.softmax(-costs, 1), torch.arange(costs.shape[1]), self.total, self.fixed
+        )  # fmt: skip
 
     def choices(self, levels: Tensor) -> Tensor:
         """One-hot choices [R, S] whose gradient is that of the softmax."""
@@ -127,11 +132,10 @@ class CostTable(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Pool:
-    """Noise and classes, and what the full sampler makes of them: latents and images of the teacher."""
+    """Noise [B, C, H, W], class numbers [B], and the images [B, 3, H, W] that the full sampler makes of them."""
 
     noise: Tensor
     labels: Tensor
-    latents: Tensor
     images: Tensor
 
 
@@ -176,30 +180,59 @@ def warm_start(table: CostTable, steps: Sequence[int], layers: int, delta: float
             table.costs[step * layers : (step + 1) * layers, -1] -= delta
 
 
-def train_table(
-    pipe: Any, table: CostTable, pool: Pool, path: Path, *, spread: Callable[[Tensor], Tensor], steps: int, guidance: float,
-    iterations: int, batch: int, seed: int, cache: SoftTokenCache, plans: list[SparsePlan], peak: float,
-) -> list[float]:  # fmt: skip
-    """Train a table in place; `spread` makes choices [T, L, S] of those of its rows. Resumes from `path`.
+class _Best:
+    """The costs that did best on images that are not trained on."""
 
-    An iteration depends on its number alone. Returns the losses of the iterations that were run.
+    def __init__(self, table: CostTable) -> None:
+        self.costs, self.score = table.costs.detach().clone(), float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Costs and score."""
+        return {"costs": self.costs, "score": self.score}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.costs, self.score = state["costs"], state["score"]
+
+    def offer(self, table: CostTable, score: float) -> None:
+        """Keep the table's costs if `score` is lower."""
+        if score < self.score:
+            self.costs, self.score = table.costs.detach().clone(), score
+
+
+def train_table(
+    table: CostTable, path: Path, score: Callable[[Tensor, Tensor | None, str], Tensor], *,
+    iterations: int, peak: float, seed: int, batch: int, pool: int, noise: float = 0.0,
+) -> float:  # fmt: skip
+    """Train a table in place and leave the costs in it that validate best; resumes from `path`.
+
+    `score(choices, images, split)` runs the student by choices [R, S] and gives its distances. An iteration depends on
+    its number alone. noise: scale of the Gumbel noise on costs, which falls to 0, so that every row is held at times.
+    Returns the best distance.
     """
     optimizer = torch.optim.AdamW(table.parameters(), lr=peak, betas=(0.8, 0.95), weight_decay=0.0)
-    parts = {"table": table, "optimizer": optimizer}
-    losses: list[float] = []
-    for step in range(load_progress(path, parts), iterations):
+    best = _Best(table)
+    parts = {"table": table, "optimizer": optimizer, "best": best}
+    begun = load_progress(path, parts)
+
+    def validate(step: int) -> None:
+        levels = table.levels()
+        with torch.no_grad():
+            found = float(score(table.choices(levels), None, "validation").mean())
+        best.offer(table, found)
+        logger.info("%s %d validation %.4f best %.4f", path.stem, step, found, best.score)
+        save_progress(path, step, parts)
+
+    if not begun:
+        validate(0)
+    recent: list[float] = []
+    for step in range(begun, iterations):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        some = torch.randperm(len(pool.noise), generator=generator)[:batch]
+        some = torch.randperm(pool, generator=generator)[:batch]
         for group in optimizer.param_groups:
             group["lr"] = peak * (1.0 - 0.9 * step / iterations)
-        levels = table.levels()
-        choices = spread(table.choices(levels))
-        units = choices.detach().argmax(2)
-        cache.weights = choices
-        plans[0] = SparsePlan(units[..., None].expand(-1, -1, len(plans[0].kinds)), choices.shape[2] - 1, plans[0].kinds, 0.0)
-        latents = sample(pipe, pool.noise[some], pool.labels[some], steps, guidance)
-        images = pipe.vae.decode(latents).sample
-        loss = distance(pipe.vae, images, pool.images[some]).mean()
+        levels = table.levels(noise * (1.0 - step / iterations), generator)
+        loss = score(table.choices(levels), some, "training").mean()
         optimizer.zero_grad()
         loss.backward()
         gradient = table.costs.grad
@@ -208,18 +241,34 @@ def train_table(
         # matter would bid as loudly as those that do
         optimizer.param_groups[0]["eps"] = float(gradient.square().mean().sqrt()) or 1e-8
         optimizer.step()
-        losses.append(float(loss))
-        if (step + 1) % 10 == 0:
-            recent = sum(losses[-10:]) / len(losses[-10:])
-            logger.info("%s %d loss %.4f levels of steps %s", path.stem, step + 1, recent, units.sum(1).tolist())
+        recent.append(loss.item())
         if (step + 1) % 20 == 0 or step + 1 == iterations:
-            save_progress(path, step + 1, parts)
-    return losses
+            logger.info("%s %d loss %.4f", path.stem, step + 1, sum(recent[-20:]) / len(recent[-20:]))
+            validate(step + 1)
+    with torch.no_grad():
+        table.costs.copy_(best.costs)
+    return best.score
 
 
-def soft_cache(pipe: Any, site: Any, kinds: tuple[str, ...], order: int, patcher: Patcher) -> tuple[SoftTokenCache, list[SparsePlan]]:
-    """Put a soft cache on a pipeline; the plan that runs is the one in the list."""
-    plans = [SparsePlan(torch.zeros(1, 1, len(kinds), dtype=torch.int64), 1, kinds, 0.0)]
-    cache = SoftTokenCache(site, Report(), "training", lambda _steps, _layers: plans[0], None, order)
-    cache.install(patcher)
-    return cache, plans
+class Student:
+    """The cached sampler of a `DiTPipeline`, run by choices of levels, and how far it is from its teacher.
+
+    order: as of `TokenCache`. Use `undo` when done.
+    """
+
+    def __init__(self, pipe: Any, site: Any, pools: dict[str, Pool], steps: int, guidance: float, order: int) -> None:
+        self.pipe, self.pools, self.steps, self.guidance = pipe, pools, steps, guidance
+        self._plan = SparsePlan.dense(steps, 1)
+        self._patcher = Patcher()
+        self._cache = SoftTokenCache(site, Report(), "training", lambda _steps, _layers: self._plan, None, order)
+        self._cache.install(self._patcher)
+        self.undo = self._patcher.undo
+
+    def distances(self, choices: Tensor, images: Tensor | None, split: str) -> Tensor:
+        """Distances [B] for choices [T, L, S] on some images of a pool, None for all."""
+        pool = self.pools[split]
+        noise, labels, wanted = (x if images is None else x[images] for x in (pool.noise, pool.labels, pool.images))
+        self._cache.weights = choices
+        self._plan = SparsePlan.of_layers(choices.detach().argmax(2), choices.shape[2] - 1)
+        latents = sample(self.pipe, noise, labels, self.steps, self.guidance)
+        return distance(self.pipe.vae, self.pipe.vae.decode(latents).sample, wanted)

@@ -12,39 +12,53 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmaccel.adapters.diffusion import Diffusion
 from mmaccel.core.patching import Patcher
+from mmaccel.core.velocity_record import Measured, VelocityRecord
 from mmaccel.tiny import IMAGE_CALL, class_to_image
 from mmaccel.tiny.generators import IMAGE_LABELS
 from mmaccel.tiny.progress import timed, versions
-from mmaccel.tiny.sparsity_training import CostTable, Pool, sample, soft_cache, train_table, warm_start
+from mmaccel.tiny.sparsity_training import CostTable, Pool, Student, sample, train_table, warm_start
+from mmaccel.tokens.gaps import held_errors, levels_of_steps
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ("self-attention", "mlp")
 _LEVELS = 5
 
 
 @torch.no_grad()
-def _pool(pipe: Any, path: Path, count: int, seed: int, steps: int, guidance: float) -> Pool:
+def _pools(pipe: Any, path: Path, counts: dict[str, int], seed: int, steps: int, guidance: float) -> dict[str, Pool]:
     if not path.exists():
-        generator = torch.Generator().manual_seed(10_007 * (seed + 1))
-        shape = (count, pipe.transformer.config.in_channels, *(pipe.transformer.config.sample_size,) * 2)
-        noise = torch.randn(shape, generator=generator)
-        labels = torch.arange(count) % len(IMAGE_LABELS)
-        latents = torch.cat(
-            [sample(pipe, some, label, steps, guidance) for some, label in zip(noise.split(16), labels.split(16), strict=True)]
-        )
-        images = torch.cat([pipe.vae.decode(some).sample for some in latents.split(16)])
-        save_file({"noise": noise, "labels": labels, "latents": latents, "images": images}, path)
-    return Pool(**load_file(path))
+        kept: dict[str, Tensor] = {}
+        for number, (split, count) in enumerate(counts.items()):
+            generator = torch.Generator().manual_seed(10_007 * (seed + 1) + number)
+            shape = (count, pipe.transformer.config.in_channels, *(pipe.transformer.config.sample_size,) * 2)
+            noise = torch.randn(shape, generator=generator)
+            labels = torch.arange(count) * 5 % len(IMAGE_LABELS)
+            parts = zip(noise.split(16), labels.split(16), strict=True)
+            latents = torch.cat([sample(pipe, *part, steps, guidance) for part in parts])
+            images = torch.cat([pipe.vae.decode(some).sample for some in latents.split(16)])
+            kept |= {f"{split}.noise": noise, f"{split}.labels": labels, f"{split}.images": images}
+        save_file(kept, path)
+    kept = load_file(path)
+    return {split: Pool(*(kept[f"{split}.{name}"] for name in ("noise", "labels", "images"))) for split in counts}
+
+
+@torch.no_grad()
+def _measured(pipe: Any, site: Any, pool: Pool, steps: int, guidance: float, order: int) -> Tensor:
+    """How far velocities would be off if they were held, float64 [b, a, t] of `held_errors`."""
+    found: list[Measured] = []
+    patcher = Patcher()
+    VelocityRecord(site, lambda _: True, lambda _, measured: found.append(measured)).install(patcher)
+    sample(pipe, pool.noise, pool.labels, steps, guidance)
+    patcher.undo()
+    return held_errors(found[0].gram, found[0].times, order, found[0].lengths)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--merged-iterations", type=int, default=160)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--peak", type=float, default=0.3)
+    parser.add_argument("--validation-images", type=int, default=12)
+    parser.add_argument("--peak", type=float, default=0.2)
+    parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -75,51 +91,54 @@ def main(arguments: list[str] | None = None) -> None:
         part.requires_grad_(False).eval()
     steps, guidance = IMAGE_CALL["num_inference_steps"], IMAGE_CALL["guidance_scale"]
     layers = len(pipe.transformer.transformer_blocks)
+    site = Diffusion(pipe)
+    counts = {"training": options.images, "validation": options.validation_images}
     with timed(seconds, "teacher"):
-        pool = _pool(pipe, options.work / "teacher.safetensors", options.images, options.seed, steps, guidance)
+        pools = _pools(pipe, options.work / "teacher.safetensors", counts, options.seed, steps, guidance)
+        errors = _measured(pipe, site, pools["validation"], steps, guidance, options.order)
+    begin = levels_of_steps(errors, torch.tensor([1.0, 0.0], dtype=torch.float64), options.whole_steps, options.order)
+    logger.info("measured whole steps %s", begin.nonzero()[:, 0].tolist())
 
-    patcher = Patcher()
-    cache, plans = soft_cache(pipe, Diffusion(pipe), _KINDS, options.order, patcher)
-    common: dict[str, Any] = {
-        "steps": steps, "guidance": guidance, "batch": options.batch, "seed": options.seed,
-        "cache": cache, "plans": plans, "peak": options.peak,
-    }  # fmt: skip
+    student = Student(pipe, site, pools, steps, guidance, options.order)
     unit = _LEVELS - 1
+    common: dict[str, Any] = {
+        "peak": options.peak, "seed": options.seed, "batch": options.batch, "pool": options.images,
+        "noise": options.noise,
+    }  # fmt: skip
 
-    def whole_steps(choices: Tensor) -> Tensor:
-        return choices[:, None].expand(-1, layers, -1)
+    def by_step(choices: Tensor, images: Tensor | None, split: str) -> Tensor:
+        return student.distances(choices[:, None].expand(-1, layers, -1), images, split)
 
-    def by_layer(choices: Tensor) -> Tensor:
-        return choices.unflatten(0, (steps, layers))
+    def by_layer(choices: Tensor, images: Tensor | None, split: str) -> Tensor:
+        return student.distances(choices.unflatten(0, (steps, layers)), images, split)
 
     first = torch.full((steps,), -1)
     first[0] = 1
     generator = torch.Generator().manual_seed(options.seed)
     step_costs = CostTable(steps, 2, options.whole_steps, first, generator)
+    with torch.no_grad():
+        step_costs.costs[:, 1] -= begin
     total = round(options.cost * steps * layers * unit)
     fixed = torch.full((steps * layers,), -1)
     fixed[:layers] = unit
     layer_costs = CostTable(steps * layers, _LEVELS, total, fixed, generator)
-    losses = {}
+    scores = {}
     with timed(seconds, "step costs"):
-        losses["step costs"] = train_table(
-            pipe, step_costs, pool, options.work / "step-costs.pt", spread=whole_steps,
-            iterations=options.step_iterations, **common,
-        )  # fmt: skip
+        scores["step costs"] = train_table(
+            step_costs, options.work / "step-costs.pt", by_step, iterations=options.step_iterations, **common
+        )
     whole = step_costs.levels().nonzero()[:, 0].tolist()
     logger.info("whole steps %s", whole)
     with timed(seconds, "layer costs"):
-        losses["layer costs"] = train_table(
-            pipe, layer_costs, pool, options.work / "layer-costs.pt", spread=by_layer,
-            iterations=options.layer_iterations, **common,
-        )  # fmt: skip
+        scores["layer costs"] = train_table(
+            layer_costs, options.work / "layer-costs.pt", by_layer, iterations=options.layer_iterations, **common
+        )
     warm_start(layer_costs, whole, layers, options.delta)
     with timed(seconds, "merged costs"):
-        losses["merged costs"] = train_table(
-            pipe, layer_costs, pool, options.work / "merged-costs.pt", spread=by_layer,
-            iterations=options.merged_iterations, **common,
-        )  # fmt: skip
-    patcher.undo()
+        scores["merged costs"] = train_table(
+            layer_costs, options.work / "merged-costs.pt", by_layer, iterations=options.merged_iterations, **common
+        )
+    student.undo()
     levels = layer_costs.levels().unflatten(0, (steps, layers))
     logger.info("levels %s", levels.tolist())
     facts = {
@@ -127,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         "whole": unit, "cost": options.cost, "order": options.order, "seed": options.seed, "delta": options.delta,
         "whole steps after stage 1": whole, "seconds": seconds, "versions": versions(),
         "iterations": [options.step_iterations, options.layer_iterations, options.merged_iterations],
-        "loss": {name: float(np.mean(values[-10:])) for name, values in losses.items() if values},
+        "distance": scores,
     }  # fmt: skip
     save_file(
         {"table": torch.softmax(-layer_costs.costs.detach().double(), 1).neg().unflatten(0, (steps, layers)).float()},

@@ -22,8 +22,23 @@ class SparsePlan:
 
     units: torch.Tensor
     whole: int
-    kinds: tuple[str, ...]
     cost: float
+    kinds: tuple[str, ...] = ("self-attention", "cross-attention", "mlp")
+
+    @classmethod
+    def dense(cls, steps: int, layers: int) -> SparsePlan:
+        """Everything is computed."""
+        return cls.of_steps(torch.ones(steps, dtype=torch.int64), 1, layers)
+
+    @classmethod
+    def of_steps(cls, units: torch.Tensor, whole: int, layers: int) -> SparsePlan:
+        """One level a step: units int64 (T,)."""
+        return cls.of_layers(units[:, None].expand(-1, layers), whole)
+
+    @classmethod
+    def of_layers(cls, units: torch.Tensor, whole: int) -> SparsePlan:
+        """One level a layer of a step: units int64 (T, L)."""
+        return cls(units[..., None].expand(-1, -1, 3), whole, float(units.double().mean() / whole))
 
     @property
     def partial(self) -> bool:
