@@ -17,7 +17,7 @@ from mmaccel.core.flops import linear_weights
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues, RowAttention
 from mmaccel.core.token_choice import Signals, TokenChoice
-from mmaccel.core.token_rows import take_rows, token_grid
+from mmaccel.core.token_rows import put_rows, take_rows, token_grid
 from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.report import Report
 from mmaccel.tokens.levels import SparsePlan
@@ -280,17 +280,16 @@ class TokenCache:
 
     def _renew(self, entry: Entry, held: Tensor, rows: Tensor, output: Tensor, time: float) -> Tensor:
         """Write what was computed into what is held; tensors that were given away do not change."""
-        spread = rows[..., None].expand(output.shape)
         if not self.order:
-            entry.output = entry.output.scatter(1, spread, output)
+            entry.output = put_rows(entry.output, rows, output)
             return entry.output
-        since = entry.since.gather(1, spread[..., :1])
-        slope = (output - entry.output.gather(1, spread)) / _gap(time - since).to(output.dtype)
+        since = take_rows(entry.since, rows, 1)
+        slope = (output - take_rows(entry.output, rows, 1)) / _gap(time - since).to(output.dtype)
         old = torch.zeros_like(entry.output) if entry.slope is None else entry.slope
-        entry.slope = old.scatter(1, spread, slope)
-        entry.output = entry.output.scatter(1, spread, output)
-        entry.since = entry.since.scatter(1, spread[..., :1], time)
-        return held.scatter(1, spread, output)
+        entry.slope = put_rows(old, rows, slope)
+        entry.output = put_rows(entry.output, rows, output)
+        entry.since = put_rows(entry.since, rows, torch.full_like(since, time))
+        return put_rows(held, rows, output)
 
 
 def _gap(times: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmaccel.core.token_rows import take_rows
+from mmaccel.core.token_rows import put_rows, take_rows
 from mmaccel.tokens.refresh import cell_bonus, refresh_scores
 
 __all__ = ["Signals", "TokenChoice"]
@@ -60,8 +60,7 @@ class TokenChoice:
         reference, age = known[0], known[1] + 1
         if count:
             rows = self._repeated(self._order[key][:, :count], states.shape[0])
-            spread = rows[..., None].expand(states.shape[0], -1, states.shape[2])
-            reference = reference.scatter(1, spread, take_rows(states.detach(), rows, 1))
+            reference = put_rows(reference, rows, take_rows(states.detach(), rows, 1))
             age = age.expand(rows.shape[0], -1).scatter(1, rows, 0.0)
         self._known[key] = reference, age
 

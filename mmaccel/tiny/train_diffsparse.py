@@ -68,16 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
     parser.add_argument("--cost", type=float, default=0.46, help="fraction of the blocks' multiply-adds")
     parser.add_argument("--order", type=int, default=1, help="0 holds outputs, 1 carries them on")
-    parser.add_argument("--whole-steps", type=int, default=8, help="steps that stage 1 keeps whole")
-    parser.add_argument("--delta", type=float, default=10.0, help="warm start of whole steps")
-    parser.add_argument("--step-iterations", type=int, default=60)
-    parser.add_argument("--layer-iterations", type=int, default=80)
-    parser.add_argument("--merged-iterations", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--whole-steps", type=int, default=9, help="steps that stage 1 keeps whole")
+    parser.add_argument("--delta", type=float, default=4.0, help="warm start of whole steps")
+    parser.add_argument("--step-iterations", type=int, default=20)
+    parser.add_argument("--layer-iterations", type=int, default=20)
+    parser.add_argument("--merged-iterations", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--images", type=int, default=72)
     parser.add_argument("--validation-images", type=int, default=12)
     parser.add_argument("--peak", type=float, default=0.2)
-    parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--noise", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -118,10 +118,6 @@ def main(arguments: list[str] | None = None) -> None:
     step_costs = CostTable(steps, 2, options.whole_steps, first, generator)
     with torch.no_grad():
         step_costs.costs[:, 1] -= begin
-    total = round(options.cost * steps * layers * unit)
-    fixed = torch.full((steps * layers,), -1)
-    fixed[:layers] = unit
-    layer_costs = CostTable(steps * layers, _LEVELS, total, fixed, generator)
     scores = {}
     with timed(seconds, "step costs"):
         scores["step costs"] = train_table(
@@ -129,10 +125,16 @@ def main(arguments: list[str] | None = None) -> None:
         )
     whole = step_costs.levels().nonzero()[:, 0].tolist()
     logger.info("whole steps %s", whole)
+    total = round(options.cost * steps * layers * unit)
+    fixed = torch.full((steps, layers), -1)
+    fixed[whole] = unit
+    layer_costs = CostTable(steps * layers, _LEVELS, total, fixed.flatten(), generator)
     with timed(seconds, "layer costs"):
         scores["layer costs"] = train_table(
             layer_costs, options.work / "layer-costs.pt", by_layer, iterations=options.layer_iterations, **common
         )
+    layer_costs.fixed = torch.full((steps * layers,), -1)
+    layer_costs.fixed[:layers] = unit
     warm_start(layer_costs, whole, layers, options.delta)
     with timed(seconds, "merged costs"):
         scores["merged costs"] = train_table(
