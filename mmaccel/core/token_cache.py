@@ -20,7 +20,7 @@ from mmaccel.core.token_choice import Signals, TokenChoice
 from mmaccel.core.token_rows import put_rows, take_rows, token_grid
 from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.report import Report
-from mmaccel.tokens.levels import SparsePlan
+from mmaccel.tokens.levels import LevelPlan
 
 __all__ = ["Entry", "Module", "Now", "TokenCache", "cached_modules"]
 
@@ -93,7 +93,7 @@ class Entry:
 
 @dataclass
 class _Run:
-    plan: SparsePlan
+    plan: LevelPlan
     choice: TokenChoice
     transformer: Any
     branches: dict[int, dict[str, Entry]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class _Run:
 class Now:
     """The call of a transformer that is under way."""
 
-    plan: SparsePlan
+    plan: LevelPlan
     choice: TokenChoice
     at: Call
     time: float
@@ -125,7 +125,7 @@ class TokenCache:
     """
 
     def __init__(
-        self, site: Any, report: Report, name: str, plan: Callable[[int, int], SparsePlan],
+        self, site: Any, report: Report, name: str, plan: Callable[[int, int], LevelPlan],
         signals: Signals | None = None, order: int = 0,
     ) -> None:  # fmt: skip
         self.site, self.report, self.name, self.plan = site, report, name, plan

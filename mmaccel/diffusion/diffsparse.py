@@ -15,7 +15,7 @@ from mmaccel.method import Info, Method, Stage, Touch, knob
 if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
-    from mmaccel.tokens.levels import SparsePlan
+    from mmaccel.tokens.levels import LevelPlan
 
 __all__ = ["DiffSparse", "Schedule"]
 
@@ -136,7 +136,7 @@ class DiffSparse(Method):
             )
         levels = self._levels(schedule)
 
-        def plan(steps: int, layers: int) -> SparsePlan:
+        def plan(steps: int, layers: int) -> LevelPlan:
             schedule.check(facts["model"], layers, steps)
             return levels
 
@@ -144,10 +144,10 @@ class DiffSparse(Method):
         signals = Signals(self.staleness, 2, self.bonus, self.by_module)
         TokenCache(site, report, self.info.name, plan, signals, order).install(installer.patcher)
 
-    def _levels(self, schedule: Schedule) -> SparsePlan:
+    def _levels(self, schedule: Schedule) -> LevelPlan:
         import torch
 
-        from mmaccel.tokens.levels import SparsePlan, cheapest_levels
+        from mmaccel.tokens.levels import LevelPlan, cheapest_levels
 
         T, L, S = schedule.table.shape
         total = round(self.cost * T * L * (S - 1))
@@ -159,4 +159,4 @@ class DiffSparse(Method):
         forced = torch.full((T, L), -1)
         forced[0] = S - 1
         levels = cheapest_levels(schedule.table.flatten(0, 1), torch.arange(S), total, forced.flatten())
-        return SparsePlan.of_layers(levels.unflatten(0, (T, L)), S - 1)
+        return LevelPlan.of_layers(levels.unflatten(0, (T, L)), S - 1)

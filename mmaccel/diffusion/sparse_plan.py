@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from mmaccel.core.velocity_record import Measured
     from mmaccel.install import Installer
     from mmaccel.targets import Target
-    from mmaccel.tokens.levels import SparsePlan
+    from mmaccel.tokens.levels import LevelPlan
 
-__all__ = ["LEVELS", "SparsePlanned", "cache_touches"]
+__all__ = ["LEVELS", "SparsePlan", "cache_touches"]
 
 LEVELS = 5
 # Tokens that are computed among held ones see old neighbours, and what follows them does not begin a new gap: counted at
@@ -46,7 +46,7 @@ def cache_touches(method: str, target: Target) -> list[Touch]:
 
 
 @dataclass(frozen=True)
-class SparsePlanned(Method):
+class SparsePlan(Method):
     """Compute whole and partial steps where holding would hurt most, as measured in the first run, which is dense.
 
     Sentence: how far guided velocities would be off if they were held -> levels of steps with the least sum of errors
@@ -95,16 +95,16 @@ class SparsePlanned(Method):
             known[steps] = self._levels(steps, measured)
             report.events[f"levels of {steps} steps"] = "".join(map(str, known[steps].tolist()))
 
-        def plan(steps: int, layers: int) -> SparsePlan:
-            from mmaccel.tokens.levels import SparsePlan
+        def plan(steps: int, layers: int) -> LevelPlan:
+            from mmaccel.tokens.levels import LevelPlan
 
             record.check()
             self._total(steps)
             levels = known.get(steps)
             if levels is None:
                 report.note(f"{self.info.name}: the first run of {steps} steps is dense, as it measures")
-                return SparsePlan.dense(steps, layers)
-            return SparsePlan.of_steps(levels, LEVELS - 1, layers)
+                return LevelPlan.dense(steps, layers)
+            return LevelPlan.of_steps(levels, LEVELS - 1, layers)
 
         record = VelocityRecord(site, lambda steps: steps not in known, finished)
         signals = Signals(self.staleness, 2, self.bonus, self.by_module)

@@ -21,7 +21,7 @@ from mmaccel.core.patching import Patcher
 from mmaccel.core.token_cache import Entry, Module, Now, TokenCache
 from mmaccel.report import Report
 from mmaccel.tiny.progress import load_progress, save_progress
-from mmaccel.tokens.levels import SparsePlan, cheapest_levels, rows_of_level
+from mmaccel.tokens.levels import LevelPlan, cheapest_levels, rows_of_level
 
 __all__ = ["CostTable", "Pool", "SoftTokenCache", "Student", "distance", "sample", "train_table", "warm_start"]
 
@@ -258,7 +258,7 @@ class Student:
 
     def __init__(self, pipe: Any, site: Any, pools: dict[str, Pool], steps: int, guidance: float, order: int) -> None:
         self.pipe, self.pools, self.steps, self.guidance = pipe, pools, steps, guidance
-        self._plan = SparsePlan.dense(steps, 1)
+        self._plan = LevelPlan.dense(steps, 1)
         self._patcher = Patcher()
         self._cache = SoftTokenCache(site, Report(), "training", lambda _steps, _layers: self._plan, None, order)
         self._cache.install(self._patcher)
@@ -269,6 +269,6 @@ class Student:
         pool = self.pools[split]
         noise, labels, wanted = (x if images is None else x[images] for x in (pool.noise, pool.labels, pool.images))
         self._cache.weights = choices
-        self._plan = SparsePlan.of_layers(choices.detach().argmax(2), choices.shape[2] - 1)
+        self._plan = LevelPlan.of_layers(choices.detach().argmax(2), choices.shape[2] - 1)
         latents = sample(self.pipe, noise, labels, self.steps, self.guidance)
         return distance(self.pipe.vae, self.pipe.vae.decode(latents).sample, wanted)

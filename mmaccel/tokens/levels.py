@@ -9,11 +9,11 @@ import torch
 
 from mmaccel.errors import MethodError
 
-__all__ = ["SparsePlan", "cheapest_levels", "rows_of_level"]
+__all__ = ["LevelPlan", "cheapest_levels", "rows_of_level"]
 
 
 @dataclass(frozen=True)
-class SparsePlan:
+class LevelPlan:
     """Which share of the tokens is computed at each step, in each layer, in each kind of module.
 
     units: int64 (T, L, M), of `whole` units each. kinds: names of the M kinds of modules. cost: share of the work of
@@ -26,17 +26,17 @@ class SparsePlan:
     kinds: tuple[str, ...] = ("self-attention", "cross-attention", "mlp")
 
     @classmethod
-    def dense(cls, steps: int, layers: int) -> SparsePlan:
+    def dense(cls, steps: int, layers: int) -> LevelPlan:
         """Everything is computed."""
         return cls.of_steps(torch.ones(steps, dtype=torch.int64), 1, layers)
 
     @classmethod
-    def of_steps(cls, units: torch.Tensor, whole: int, layers: int) -> SparsePlan:
+    def of_steps(cls, units: torch.Tensor, whole: int, layers: int) -> LevelPlan:
         """One level a step: units int64 (T,)."""
         return cls.of_layers(units[:, None].expand(-1, layers), whole)
 
     @classmethod
-    def of_layers(cls, units: torch.Tensor, whole: int) -> SparsePlan:
+    def of_layers(cls, units: torch.Tensor, whole: int) -> LevelPlan:
         """One level a layer of a step: units int64 (T, L)."""
         return cls(units[..., None].expand(-1, -1, 3), whole, float(units.double().mean() / whole))
 

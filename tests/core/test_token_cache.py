@@ -19,7 +19,7 @@ from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.report import Report
 from mmaccel.tiny import class_to_image
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
-from mmaccel.tokens.levels import SparsePlan
+from mmaccel.tokens.levels import LevelPlan
 
 library: Any = diffusers
 torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def random_plan(pipe, steps=4, seed=0, lowest=0):
     layers = len(site.blocks(pipe.transformer))
     units = torch.randint(lowest, 5, (steps, layers, 3), generator=torch.Generator().manual_seed(seed))
     units[0] = 4
-    return SparsePlan(units, 4, float(units.float().mean() / 4))
+    return LevelPlan(units, 4, float(units.float().mean() / 4))
 
 
 def put(pipe, plan, signals=None, order=0):
@@ -65,7 +65,7 @@ def test_everything_computed_is_the_identity_bit_for_bit(model, order):
     make, call = MODELS[model]
     pipe = make()
     dense = call(pipe)
-    put(pipe, lambda steps, layers: SparsePlan.dense(steps, layers), order=order)
+    put(pipe, lambda steps, layers: LevelPlan.dense(steps, layers), order=order)
     assert torch.equal(call(pipe), dense)
 
 
@@ -77,7 +77,7 @@ def test_nothing_computed_gives_the_held_tensor_itself(model):
     modules = cached_modules(site, pipe.transformer)
     units = torch.full((4, 1 + modules[-1].layer, 3), 4)
     units[2, 1] = 0
-    put(pipe, SparsePlan(units, 4, 0.0))
+    put(pipe, LevelPlan(units, 4, 0.0))
     seen: dict[str, list[torch.Tensor]] = {module.name: [] for module in modules}
     for module in modules:
         module.module.register_forward_hook(lambda _m, _a, output, name=module.name: seen[name].append(output))
@@ -200,7 +200,7 @@ def test_chosen_rows_are_those_whose_input_changed_most(monkeypatch):
     monkeypatch.setattr(
         TokenChoice, "rows", lambda *a: chosen.append(rows(*a)) or chosen[-1]
     )
-    put(pipe, SparsePlan(units, 4, 0.0), Signals(staleness=0.0, bonus=0.0))
+    put(pipe, LevelPlan(units, 4, 0.0), Signals(staleness=0.0, bonus=0.0))
     pipe.transformer.transformer_blocks[0].attn1.register_forward_pre_hook(
         lambda _m, args, kwargs: inputs.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
     )
@@ -221,7 +221,7 @@ def test_branches_of_guidance_compute_the_same_tokens(monkeypatch):
     pipe = tiny_wan_pipeline()
     units = torch.full((3, 3, 3), 2)
     units[0] = 4
-    put(pipe, SparsePlan(units, 4, 0.0), Signals(by_module=True))
+    put(pipe, LevelPlan(units, 4, 0.0), Signals(by_module=True))
     wan(pipe, steps=3)
     calls = torch.stack(chosen).unflatten(0, (2, 2, 9))
     assert torch.equal(calls[:, 0], calls[:, 1])
@@ -252,7 +252,7 @@ def test_multiply_adds_are_those_that_a_counter_sees(model):
 def test_second_call_other_calls_and_batches_need_no_reset(model):
     make, call = MODELS[model]
     pipe = make()
-    put(pipe, lambda steps, layers: SparsePlan.of_steps(torch.tensor([4, *[2, 1, 4, 0, 3] * 2][:steps]), 4, layers))
+    put(pipe, lambda steps, layers: LevelPlan.of_steps(torch.tensor([4, *[2, 1, 4, 0, 3] * 2][:steps]), 4, layers))
     first = call(pipe, steps=5)
     name, values = ("prompt", ("a word", "another longer text")) if model == "wan" else ("labels", (3, 7))
     both = call(pipe, steps=5, **{name: list(values)})
@@ -296,7 +296,7 @@ def test_another_transformer_begins_whole():
     pipe.register_to_config(boundary_ratio=0.5)
     units = torch.zeros(6, 3, 3, dtype=torch.int64)
     units[0] = 4
-    _, report = put(pipe, SparsePlan(units, 4, 0.0))
+    _, report = put(pipe, LevelPlan(units, 4, 0.0))
     wan(pipe, steps=6, guidance_scale=1.0)
     entry = report.tokens["cache", "mlp"]
     assert entry.tokens_out / entry.tokens_in == pytest.approx(2 / 6)
