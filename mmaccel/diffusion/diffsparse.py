@@ -42,9 +42,9 @@ class Schedule:
         """
         from safetensors import SafetensorError, safe_open
 
-        from mmaccel.tiny import CLASS_TO_IMAGE_FOLDER
+        from mmaccel.tiny import CLASS_TO_IMAGE_SCHEDULE
 
-        file = CLASS_TO_IMAGE_FOLDER / "diffsparse.safetensors" if path is None else Path(path)
+        file = CLASS_TO_IMAGE_SCHEDULE if path is None else Path(path)
         try:
             with safe_open(file, "pt") as opened:
                 facts = json.loads((opened.metadata() or {})["mmaccel"])
@@ -131,8 +131,8 @@ class DiffSparse(Method):
         facts = schedule.facts
         if abs(self.cost - facts["cost"]) > 0.005:
             report.note(
-                f"diffsparse: the schedule was trained at cost {facts['cost']:g}; at {self.cost:g} it is solved from the "
-                "same table, untrained"
+                f"diffsparse: the schedule was trained at cost {facts['cost']:g}; at {self.cost:g} it is solved from "
+                "the same table, untrained"
             )
         levels = self._levels(schedule)
 

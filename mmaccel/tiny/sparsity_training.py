@@ -1,8 +1,11 @@
 """DiffSparse's learned allocation: a table of costs is trained through the cached sampler by straight-through choices.
 
-"DiffSparse: Accelerating Diffusion Transformers with Learned Token Sparsity" (2026), from a note on the paper. Inferred:
-the normalisation of costs (a softmax over levels), the form of the straight-through estimator, the learning rate, how
-the step costs are trained (steps that are not whole take everything from the cache).
+"DiffSparse: Accelerating Diffusion Transformers with Learned Token Sparsity" (2026), from a note on the paper.
+Inferred: that costs are normalised by the size of their gradients over the whole table, the straight-through estimator
+(the choice minus the costs, whose value is taken back), the learning rate, how the step costs are trained (steps that
+are not whole take everything from the cache). A softmax over levels was tried first: it forgets which rows matter
+more. Ours: step costs begin at whole steps that were measured, Gumbel noise on the costs has every row held at times,
+and the costs that do best on images that are not trained on are kept.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ __all__ = ["CostTable", "Pool", "SoftTokenCache", "Student", "distance", "sample
 
 logger = logging.getLogger(__name__)
 
+_LARGE = 100.0
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -45,7 +49,9 @@ class _Blend(TorchFunctionMode):
         query, *new = (*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args[:3]) :]))
         rest = {name: value for name, value in kwargs.items() if name not in ("query", "key", "value")}
         if self.old is not None and self.weight is not None:
-            new = [torch.lerp(old, fresh, self.weight[:, None, :, None]) for old, fresh in zip(self.old, new, strict=True)]
+            new = [
+                torch.lerp(old, fresh, self.weight[:, None, :, None]) for old, fresh in zip(self.old, new, strict=True)
+            ]
         self.seen = tuple(new)
         return func(query, *new, *args[3:], **rest)
 
@@ -63,7 +69,7 @@ class SoftTokenCache(TokenCache):
         self._ranking: Tensor | None = None
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _look(self, now: Now, module: Module, states: Tensor, count: int, *, first: bool) -> str:
+    def _look(self, now: Now, module: Module, states: Tensor, count: int, *, first: bool) -> str:  # noqa: ARG002
         if first:
             self._ranking = now.choice.ranking("", states)
             now.choice.look("", states, max(*now.plan.counts(now.at.step, now.tokens), count))
@@ -96,8 +102,13 @@ class SoftTokenCache(TokenCache):
         return result
 
     def _weight(self, now: Now, module: Module, batch: int) -> Tensor:
-        assert self.weights is not None and self._ranking is not None
-        order = self._ranking if self._ranking.shape[0] in (1, batch) else self._ranking.repeat(batch // len(self._ranking), 1)
+        assert self.weights is not None
+        assert self._ranking is not None
+        order = (
+            self._ranking
+            if self._ranking.shape[0] in (1, batch)
+            else self._ranking.repeat(batch // len(self._ranking), 1)
+        )
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(now.tokens).expand_as(order).contiguous())
         choice = self.weights[now.at.step, module.layer]
         levels = len(choice) - 1
@@ -119,15 +130,12 @@ class CostTable(torch.nn.Module):
         if noise:
             uniform = torch.rand(costs.shape, generator=generator, dtype=torch.float64).clamp(1e-9, 1.0 - 1e-9)
             costs = costs + noise * uniform.log().neg().log()
-        # a softmax keeps one row from outbidding all others
-        return cheapest_levels(
-            -torch.softmax(-costs, 1), torch.arange(costs.shape[1]), self.total, self.fixed
-        )  # fmt: skip
+        return cheapest_levels(costs, torch.arange(costs.shape[1]), self.total, self.fixed)
 
     def choices(self, levels: Tensor) -> Tensor:
-        """One-hot choices [R, S] whose gradient is that of the softmax."""
-        shares = torch.softmax(-self.costs, 1)
-        return torch.nn.functional.one_hot(levels, shares.shape[1]) + shares - shares.detach()
+        """One-hot choices [R, S] whose gradient reaches the costs: what would help if chosen becomes cheaper."""
+        # a softmax over levels would forget how much more one row matters than another
+        return torch.nn.functional.one_hot(levels, self.costs.shape[1]) - self.costs + self.costs.detach()
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def train_table(
     its number alone. noise: scale of the Gumbel noise on costs, which falls to 0, so that every row is held at times.
     Returns the best distance.
     """
-    optimizer = torch.optim.AdamW(table.parameters(), lr=peak, betas=(0.8, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(table.parameters(), lr=_LARGE * peak, eps=_LARGE, betas=(0.8, 0.95), weight_decay=0.0)
     best = _Best(table)
     parts = {"table": table, "optimizer": optimizer, "best": best}
     begun = load_progress(path, parts)
@@ -230,16 +238,16 @@ def train_table(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         some = torch.randperm(pool, generator=generator)[:batch]
         for group in optimizer.param_groups:
-            group["lr"] = peak * (1.0 - 0.9 * step / iterations)
+            group["lr"] = _LARGE * peak * (1.0 - 0.9 * step / iterations)
         levels = table.levels(noise * (1.0 - step / iterations), generator)
         loss = score(table.choices(levels), some, "training").mean()
         optimizer.zero_grad()
         loss.backward()
         gradient = table.costs.grad
         assert gradient is not None
-        # AdamW divides each entry by its own size; below the size of the whole table it must not, or rows that do not
-        # matter would bid as loudly as those that do
-        optimizer.param_groups[0]["eps"] = float(gradient.square().mean().sqrt()) or 1e-8
+        # AdamW divides each entry by its own size, and rows that do not matter would bid as loudly as those that do:
+        # entries are divided by the size of the whole table instead
+        gradient /= gradient.square().mean().sqrt().clamp_min(1e-12)
         optimizer.step()
         recent.append(loss.item())
         if (step + 1) % 20 == 0 or step + 1 == iterations:

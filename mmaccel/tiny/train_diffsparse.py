@@ -70,11 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--order", type=int, default=1, help="0 holds outputs, 1 carries them on")
     parser.add_argument("--whole-steps", type=int, default=9, help="steps that stage 1 keeps whole")
     parser.add_argument("--delta", type=float, default=4.0, help="warm start of whole steps")
-    parser.add_argument("--step-iterations", type=int, default=20)
-    parser.add_argument("--layer-iterations", type=int, default=20)
+    parser.add_argument("--step-iterations", type=int, default=16)
+    parser.add_argument("--layer-iterations", type=int, default=24)
     parser.add_argument("--merged-iterations", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=3)
-    parser.add_argument("--images", type=int, default=72)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--validation-images", type=int, default=12)
     parser.add_argument("--peak", type=float, default=0.2)
     parser.add_argument("--noise", type=float, default=0.3)
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         "distance": scores,
     }  # fmt: skip
     save_file(
-        {"table": torch.softmax(-layer_costs.costs.detach().double(), 1).neg().unflatten(0, (steps, layers)).float()},
+        {"table": layer_costs.costs.detach().unflatten(0, (steps, layers)).contiguous()},
         options.out,
         {"mmaccel": json.dumps(facts)},
     )

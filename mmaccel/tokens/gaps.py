@@ -10,7 +10,9 @@ from mmaccel.errors import MethodError
 __all__ = ["held_errors", "levels_of_steps", "remaining_change"]
 
 
-def held_errors(gram: torch.Tensor, times: torch.Tensor, order: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+def held_errors(
+    gram: torch.Tensor, times: torch.Tensor, order: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the error of a velocity at step t that was computed last at a, and before that at b: float64 [b, a, t].
 
     gram: (B, T, T), inner products of the velocities of all pairs of steps, of B items. times: (T,), the timesteps.

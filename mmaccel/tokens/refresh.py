@@ -21,7 +21,7 @@ def cell_bonus(scores: torch.Tensor, grid: tuple[int, ...], cell: int, bonus: fl
     """
     if scores.ndim != 2 or scores.shape[1] != torch.Size(grid).numel():
         raise MethodError(f"scores {tuple(scores.shape)} do not fill a grid of {grid}")
-    height, width = (grid[-2], grid[-1]) if len(grid) > 1 else (1, grid[-1])
+    height, width = (1, *grid)[-2:]
     planes = scores.reshape(-1, 1, height, width)
     tall = cell if len(grid) > 1 else 1
     padding = (0, -width % cell, 0, -height % tall)

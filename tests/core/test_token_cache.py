@@ -99,7 +99,9 @@ class Blended:
         self.mask: torch.Tensor | None = None
         self.branch = 0
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None, **_):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None, **_
+    ):
         def turned(x):
             if rotary_emb is None:
                 return x
@@ -114,7 +116,9 @@ class Blended:
         query, key = turned(query), turned(key)
         if self.mask is not None:
             old = self.old[self.branch]
-            key, value = (torch.where(self.mask[..., None, None], *pair) for pair in zip((key, value), old, strict=True))
+            key, value = (
+                torch.where(self.mask[..., None, None], *pair) for pair in zip((key, value), old, strict=True)
+            )
         self.old[self.branch] = key, value
         weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(query.shape[-1] ** -0.5).softmax(-1)
         return attn.to_out[0](torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2))
@@ -197,9 +201,7 @@ def test_chosen_rows_are_those_whose_input_changed_most(monkeypatch):
     units[2] = 1
     inputs, chosen = [], []
     rows = TokenChoice.rows
-    monkeypatch.setattr(
-        TokenChoice, "rows", lambda *a: chosen.append(rows(*a)) or chosen[-1]
-    )
+    monkeypatch.setattr(TokenChoice, "rows", lambda *a: chosen.append(rows(*a)) or chosen[-1])
     put(pipe, LevelPlan(units, 4, 0.0), Signals(staleness=0.0, bonus=0.0))
     pipe.transformer.transformer_blocks[0].attn1.register_forward_pre_hook(
         lambda _m, args, kwargs: inputs.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
