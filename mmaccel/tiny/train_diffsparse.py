@@ -23,7 +23,7 @@ from mmaccel.tiny import IMAGE_CALL, class_to_image
 from mmaccel.tiny.generators import IMAGE_LABELS
 from mmaccel.tiny.progress import timed, versions
 from mmaccel.tiny.sparsity_training import CostTable, Pool, Student, sample, train_table, warm_start
-from mmaccel.tokens.gaps import held_errors, levels_of_steps
+from mmaccel.tokens.gaps import early_weights, held_errors, levels_of_steps
 
 __all__ = ["main"]
 
@@ -58,7 +58,7 @@ def _measured(pipe: Any, site: Any, pool: Pool, steps: int, guidance: float, ord
     VelocityRecord(site, lambda _: True, lambda _, measured: found.append(measured)).install(patcher)
     sample(pipe, pool.noise, pool.labels, steps, guidance)
     patcher.undo()
-    return held_errors(found[0].gram, found[0].times, order, found[0].lengths)
+    return held_errors(found[0].gram, found[0].times, order, found[0].lengths * early_weights(steps))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,9 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--order", type=int, default=1, help="0 holds outputs, 1 carries them on")
     parser.add_argument("--whole-steps", type=int, default=9, help="steps that stage 1 keeps whole")
     parser.add_argument("--delta", type=float, default=4.0, help="warm start of whole steps")
-    parser.add_argument("--step-iterations", type=int, default=16)
-    parser.add_argument("--layer-iterations", type=int, default=24)
-    parser.add_argument("--merged-iterations", type=int, default=100)
+    parser.add_argument("--step-iterations", type=int, default=10)
+    parser.add_argument("--layer-iterations", type=int, default=10)
+    parser.add_argument("--merged-iterations", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--validation-images", type=int, default=12)

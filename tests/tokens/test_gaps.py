@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmaccel.errors import MethodError
-from mmaccel.tokens.gaps import held_errors, levels_of_steps, remaining_change
+from mmaccel.tokens.gaps import early_weights, held_errors, levels_of_steps, remaining_change
 
 
 def velocities(steps, seed=0):
@@ -83,3 +83,7 @@ def test_what_is_left_of_a_change():
     wanted = [1.0, 0.75**0.5 / 2, 0.5**0.5 / 2, 0.25, 0.0]
     assert torch.allclose(remaining_change(changes, 5), torch.tensor(wanted, dtype=torch.float64))
     assert remaining_change(torch.zeros(1, 4), 5).tolist() == [0.0] * 5
+
+
+def test_early_errors_count_more():
+    assert early_weights(4).tolist() == pytest.approx([4.0, 3.0, 2.0, 1.0])
