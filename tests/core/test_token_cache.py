@@ -324,3 +324,67 @@ def test_latents_that_are_not_finite_are_refused():
     put(pipe, random_plan(pipe))
     with pytest.raises(NonFiniteError, match="latents of the first step"):
         wan(pipe, latents=torch.full((1, 16, 3, 4, 6), torch.nan))
+
+
+class Alone(Diffusion):
+    """A transformer by itself, with a schedule of two steps that hardly differ."""
+
+    scheduler: Any = type("Schedule", (), {"timesteps": torch.tensor([900.0, 899.9999]), "step_index": None})()
+
+
+def _families():
+    torch.manual_seed(0)
+    text = torch.randn(1, 5, 16)
+    yield (
+        library.PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+            patch_size=1, cross_attention_dim=16, caption_channels=16,
+        ),
+        {
+            "hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": text,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+        ["self-attention", "cross-attention", "mlp"],
+    )  # fmt: skip
+    yield (
+        library.LTXVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+            num_layers=2, caption_channels=16,
+        ),
+        {
+            "hidden_states": torch.randn(1, 32, 4), "encoder_hidden_states": text, "num_frames": 2, "height": 4,
+            "width": 4, "encoder_attention_mask": torch.ones(1, 5),
+        },
+        ["self-attention", "cross-attention", "mlp"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(2), ids=["pixart", "ltx"])
+@torch.no_grad()
+def test_rows_of_other_families_find_their_places(index):
+    """Where next to nothing has changed, computing some tokens again gives what computing all of them gives."""
+    transformer, given, kinds = list(_families())[index]
+    transformer.eval()
+    for weight in transformer.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    site = Alone(transformer)
+    modules = cached_modules(site, transformer)
+    assert [module.kind for module in modules] == kinds * 2
+    times = site.scheduler.timesteps
+
+    def run():
+        return [transformer(timestep=time[None], **given).sample for time in times]
+
+    dense = run()
+    units = torch.full((2, 2, 3), 2)
+    units[0] = 4
+    patcher, report = Patcher(), Report()
+    plan = LevelPlan(units, 4, 0.75)
+    TokenCache(site, report, "cache", lambda *_: plan, Signals(staleness=0.5)).install(patcher)
+    found = run()
+    patcher.undo()
+    assert torch.equal(found[0], dense[0])
+    assert torch.allclose(found[1], dense[1], atol=1e-4)
+    assert not torch.equal(found[1], dense[1])
+    assert {entry.tokens_out / entry.tokens_in for entry in report.tokens.values()} == {0.75}
