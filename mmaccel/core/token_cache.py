@@ -143,13 +143,15 @@ class TokenCache:
             modules = cached_modules(self.site, transformer)
             for module in modules:
                 patcher.wrap(module.module, "forward", self._around_module(module, first=module is modules[0]))
-            patcher.wrap(transformer, "forward", self._around(transformer, 1 + modules[-1].layer))
+            # offloading puts its own forward on a transformer after each call of the pipeline; hooks stay
+            patcher.before(transformer, self._enter(transformer, 1 + modules[-1].layer))
+            patcher.after(transformer, self._leave, always=True)
 
     def _forget(self) -> None:
         self._run = self._now = None
 
-    def _around(self, transformer: Any, layers: int) -> Callable[..., Any]:
-        def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+    def _enter(self, transformer: Any, layers: int) -> Callable[..., None]:
+        def enter(_: Any, args: Any, kwargs: Any) -> None:
             given = self.site.arguments(transformer, args, kwargs)
             latents, text = given["hidden_states"], given.get("encoder_hidden_states")
             at = self._steps.call(given["timestep"], latents)
@@ -157,20 +159,20 @@ class TokenCache:
             run = self._begin(at, transformer, layers, latents, grid)
             if at.branch == 0:
                 run.choice.begin()
-            now = self._now = Now(
+            self._now = Now(
                 run.plan, run.choice, at, float(given["timestep"].max()), math.prod(grid),
                 0 if text is None else text.shape[1], run.branches.setdefault(at.branch, {}),
             )  # fmt: skip
-            try:
-                output = call(*args, **kwargs)
-            finally:
-                self._now = None
-                self._tell(now, run)
-                if at.step + 1 >= at.total and at.branch + 1 >= len(run.branches):
-                    self._run = None  # nothing is held from one call of the pipeline to the next
-            return output
 
-        return around
+        return enter
+
+    def _leave(self, _module: Any, _args: Any, _kwargs: Any, _output: Any = None) -> None:
+        now, run, self._now = self._now, self._run, None
+        if now is None or run is None:
+            return
+        self._tell(now, run)
+        if now.at.step + 1 >= now.at.total and now.at.branch + 1 >= len(run.branches):
+            self._run = None  # nothing is held from one call of the pipeline to the next
 
     def _begin(self, at: Call, transformer: Any, layers: int, latents: Tensor, grid: tuple[int, ...]) -> _Run:
         if at.fresh or self._run is None:

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cost", type=float, default=0.46, help="fraction of the blocks' multiply-adds")
     parser.add_argument("--order", type=int, default=1, help="0 holds outputs, 1 carries them on")
     parser.add_argument("--whole-steps", type=int, default=9, help="steps that stage 1 keeps whole")
-    parser.add_argument("--delta", type=float, default=4.0, help="warm start of whole steps")
+    parser.add_argument("--delta", type=float, default=10.0, help="warm start of whole steps")
     parser.add_argument("--step-iterations", type=int, default=10)
     parser.add_argument("--layer-iterations", type=int, default=10)
     parser.add_argument("--merged-iterations", type=int, default=60)

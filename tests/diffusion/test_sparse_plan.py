@@ -138,3 +138,34 @@ def test_costs_that_cannot_be_reached_and_misuse_are_refused():
     with pytest.raises(NotApplicableError, match="sparse-plan: the self-attentions of FluxTransformer2DModel hold"):
         mmaccel.accelerate(flux_pipe, "sparse-plan")
     assert not vars(flux).get("_mmaccel_layers")
+
+
+def test_it_works_with_offloaded_models_and_beside_another_pipeline():
+    pipe, other = tiny_wan_pipeline(), tiny_wan_pipeline(seed=1)
+    dense = wan(other)
+    with mmaccel.accelerate(pipe, mmaccel.SparsePlan(cost=0.5)):
+        wan(pipe)
+        expected = wan(pipe)
+        assert torch.equal(wan(other), dense)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with mmaccel.accelerate(pipe, mmaccel.SparsePlan(cost=0.5)):
+        wan(pipe)
+        assert torch.equal(wan(pipe), expected)
+
+
+def test_a_raising_callback_leaves_the_pipeline_usable():
+    pipe = tiny_wan_pipeline()
+
+    def stop(_pipe, step, *_):
+        if step == 4:
+            raise RuntimeError("enough")
+        return {}
+
+    with mmaccel.accelerate(pipe, mmaccel.SparsePlan(cost=0.5)):
+        with pytest.raises(RuntimeError, match="enough"):
+            wan(pipe, seed=3, callback_on_step_end=stop)
+        wan(pipe)
+        expected = wan(pipe)
+        with pytest.raises(RuntimeError, match="enough"):
+            wan(pipe, seed=3, callback_on_step_end=stop)
+        assert torch.equal(wan(pipe), expected)
