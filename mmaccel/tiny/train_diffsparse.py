@@ -72,12 +72,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--delta", type=float, default=10.0, help="warm start of whole steps")
     parser.add_argument("--step-iterations", type=int, default=10)
     parser.add_argument("--layer-iterations", type=int, default=10)
-    parser.add_argument("--merged-iterations", type=int, default=60)
+    parser.add_argument("--merged-iterations", type=int, default=20)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--validation-images", type=int, default=12)
     parser.add_argument("--peak", type=float, default=0.2)
-    parser.add_argument("--noise", type=float, default=0.3)
+    parser.add_argument("--merged-peak", type=float, default=0.03)
+    parser.add_argument("--noise", type=float, default=0.3, help="of costs in stage 1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -138,15 +139,19 @@ def main(arguments: list[str] | None = None) -> None:
     warm_start(layer_costs, whole, layers, options.delta)
     with timed(seconds, "merged costs"):
         scores["merged costs"] = train_table(
-            layer_costs, options.work / "merged-costs.pt", by_layer, iterations=options.merged_iterations, **common
+            layer_costs,
+            options.work / "merged-costs.pt",
+            by_layer,
+            iterations=options.merged_iterations,
+            **{**common, "peak": options.merged_peak, "noise": 0.0},
         )
     student.undo()
     levels = layer_costs.levels().unflatten(0, (steps, layers))
-    logger.info("levels %s", levels.tolist())
+    logger.info("seconds %s levels %s", seconds, levels.tolist())
     facts = {
         "method": "diffsparse", "model": type(pipe.transformer).__name__, "steps": steps, "layers": layers,
         "whole": unit, "cost": options.cost, "order": options.order, "seed": options.seed, "delta": options.delta,
-        "whole steps after stage 1": whole, "seconds": seconds, "versions": versions(),
+        "whole steps after stage 1": whole, "versions": versions(),
         "iterations": [options.step_iterations, options.layer_iterations, options.merged_iterations],
         "distance": scores,
     }  # fmt: skip
