@@ -8,8 +8,9 @@ import torch
 from mmaccel.adapters.diffusion import Diffusion
 from mmaccel.core.patching import Patcher
 from mmaccel.core.token_cache import TokenCache
+from mmaccel.diffusion.diffsparse import Schedule
 from mmaccel.report import Report
-from mmaccel.tiny import class_to_image
+from mmaccel.tiny import class_to_image, train_diffsparse
 from mmaccel.tiny.sparsity_training import CostTable, Pool, Student, sample, train_table, warm_start
 from mmaccel.tokens.levels import LevelPlan, cheapest_levels
 
@@ -153,3 +154,19 @@ def test_a_resumed_training_is_the_same_training(tmp_path):
         train_table(stopped, tmp_path / "b.pt", failing, iterations=40, **more)
     train_table(resumed, tmp_path / "b.pt", score, iterations=40, **more)
     assert torch.equal(resumed.costs, straight.costs)
+
+
+@pytest.mark.slow
+def test_the_script_writes_a_schedule_that_the_method_takes(tmp_path):
+    out = tmp_path / "table.safetensors"
+    short = ["--images", "1", "--validation-images", "1", "--batch", "1"]
+    short += [f"--{name}-iterations=1" for name in ("step", "layer", "merged")]
+    train_diffsparse.main(["--out", str(out), "--work", str(tmp_path / "work"), *short])
+    schedule = Schedule.load(str(out))
+    schedule.check("DiTTransformer2DModel", 8, 20)
+    assert schedule.facts["cost"] == 0.46
+    assert schedule.table.shape == (20, 8, 5)
+    levels = cheapest_levels(
+        schedule.table.flatten(0, 1), torch.arange(5), 294, torch.tensor([4] * 8 + [-1] * 152)
+    ).unflatten(0, (20, 8))  # fmt: skip
+    assert (levels == 4).all(1).sum() == 9
