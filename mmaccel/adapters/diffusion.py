@@ -32,11 +32,11 @@ class Layout:
 
     blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token. text:
     where the prompt's tokens stand among the keys of these, if they are there. rotary: names that a block's argument
-    with a pair of rotary tables may have; rotary_dim: their token axis; rotary_text: whether they begin with rows for
-    the prompt. times: the block's argument that may hold one time embedding a token. output: which of a block's
-    outputs are the latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
-    frames_first: a latent is [B, T, C, H, W]. guidance: whether pipelines compute its branches by a call each or by
-    one batch.
+    with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
+    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: the block's argument that may
+    hold one time embedding a token. output: which of a block's outputs are the latent's tokens, None if there is one
+    output only. projections: layers that see the prompt alone. frames_first: a latent is [B, T, C, H, W]. guidance:
+    whether pipelines compute its branches by a call each or by one batch.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
@@ -50,11 +50,6 @@ class Layout:
     projections: tuple[str, ...] = ()
     frames_first: bool = False
     guidance: Literal["calls", "batch"] = "batch"
-
-    @property
-    def one_choice(self) -> bool:
-        """Whether all clips of a batch must compute the same tokens, as their rotary tables have no batch axis."""
-        return bool(self.rotary) and self.rotary_dim == 0
 
 
 _NAMES = ("transformer", "transformer_2")

@@ -238,8 +238,6 @@ class HeldVelocity:
         score = self._need(run, run.parts, patch, frames_first, transformer)
         if time.ndim == 2 and time.shape[1] == score.shape[1]:
             score = score.masked_fill(time[: score.shape[0]] == 0, -1.0)
-        if self.site.layout.one_choice:
-            score = score.mean(0, keepdim=True)
         run.order = score.sort(dim=1, descending=True, stable=True).indices
 
     def _need(self, run: _Run, parts: int, patch: tuple[int, ...], frames_first: bool, transformer: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues, RowAttention
 
-__all__ = ["TokenRows", "latent_tokens", "token_grid", "token_mask"]
+__all__ = ["TokenRows", "latent_tokens", "take_tables", "token_grid", "token_mask"]
 
 
 def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
@@ -65,6 +65,7 @@ class TokenRows:
         self.tokens = 0
         self.kept: dict[str, KeysValues] = {}
         self._tables: tuple[Any, Any] = (None, None)
+        self._inside: tuple[Tensor, Tensor] | None = None
 
     def install(self, patcher: Patcher, blocks: dict[str, Any]) -> None:
         """Put the hooks on `blocks`, in the order in which they run."""
@@ -82,7 +83,7 @@ class TokenRows:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.rows, self.kept, self._tables = None, {}, (None, None)
+        self.rows, self.kept, self._tables, self._inside = None, {}, (None, None), None
 
     def _before(self, block: Any, *, first: bool) -> Any:
         signature = inspect.signature(type(block).forward)
@@ -105,23 +106,17 @@ class TokenRows:
         return gather
 
     def _rotary(self, tables: Any) -> Any:
+        """The rows of a pair of tables; None where the attention must apply them, see `RowAttention`."""
         source, taken = self._tables
         if source is not tables:
             assert self.rows is not None
-            axis = self.layout.rotary_dim
-            taken = tuple(self._take_table(table, axis) for table in tables)
+            taken = take_tables(tables, self.rows, self.tokens, self.layout)
+            if not self.layout.rotary_dim:
+                alike = self.rows.shape[0] == 1
+                self._inside = None if alike else taken
+                taken = tuple(table[0] for table in taken) if alike else None
             self._tables = tables, taken
         return taken
-
-    def _take_table(self, table: Tensor, axis: int) -> Tensor:
-        assert self.rows is not None
-        if axis:
-            return _take(table, self.rows, axis)
-        head = table.shape[0] - self.tokens if self.layout.rotary_text else 0
-        rows = self.rows[0] + head
-        if head:
-            rows = torch.cat([torch.arange(head, device=rows.device), rows])
-        return table.index_select(0, rows)
 
     def _scatter(self, _block: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
         if self.rows is None:
@@ -137,12 +132,24 @@ class TokenRows:
     def _attend(self, name: str) -> Callable[..., Any]:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             kept = self.kept.get(name)
-            if kept is None:
+            if kept is None and self.rows is None:
                 return call(*args, **kwargs)
-            with RowAttention(kept, self.rows, self.tokens, self.layout.text):
+            with RowAttention(kept, self.rows, self.tokens, self.layout.text, self._inside):
                 return call(*args, **kwargs)
 
         return around
+
+
+def take_tables(tables: Any, rows: Tensor, tokens: int, layout: Any) -> tuple[Tensor, ...]:
+    """Rows int64 [B or 1, m] of rotary tables of `tokens` tokens: [B or 1, (text +) m, ...] each.
+
+    tables: as the family has them, [B or 1, N, ...] or, without a batch axis, [(text +) N, d]; rows of the prompt stay.
+    """
+    if layout.rotary_dim:
+        return tuple(_take(table, rows, layout.rotary_dim) for table in tables)
+    head = tables[0].shape[0] - tokens if layout.rotary_text else 0
+    rows = torch.cat([torch.arange(head, device=rows.device).expand(rows.shape[0], head), rows + head], 1)
+    return tuple(table[rows] for table in tables)
 
 
 def _take(values: Tensor, rows: Tensor, axis: int) -> Tensor:

@@ -106,6 +106,13 @@ class HSA(Method):
                 staggered=self.staggered,
             )
 
+        scheduler = installer.target.site.scheduler
+        predicted = scheduler.config.get("prediction_type", "flow_prediction")
+        if predicted != "flow_prediction":
+            installer.report.note(
+                f"hsa: this {type(scheduler).__name__} takes a prediction of type {predicted}; it is held in place of "
+                "the velocity of flow matching, for which the method was published"
+            )
         storage = Storage(self.memory, self.layers, self.offload)
         HeldVelocity(installer.target.site, installer.report, self.info.name, plan, self.order, storage).install(
             installer.patcher

@@ -159,8 +159,7 @@ def test_rows_over_stored_keys_are_those_of_the_whole(family):
     assert all(len(entry) == 2 for entry in kept.values())
     one = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[: tokens // 2].sort().values
     other = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[: tokens // 2].sort().values
-    picks = [one[None]] if site.layout.one_choice else [one[None], torch.stack([one, other])]
-    for chosen in picks:
+    for chosen in (one[None], torch.stack([one, other])):
         with rows:
             rows.tokens, rows.kept, rows.rows = tokens, kept, chosen
             partial = model(**given)[0]

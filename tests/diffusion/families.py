@@ -1,0 +1,266 @@
+"""Real diffusers pipelines of every family that has an adapter, tiny, with random weights, and how each is called.
+
+Prompts are given as embeddings, so that no text encoder is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import PIL.Image
+import torch
+
+from mmaccel.tiny.families.weights import randomise
+from mmaccel.tiny.pipelines import tiny_wan_pipeline
+
+# diffusers exports its classes lazily, out of sight of a type checker
+library: Any = diffusers
+torch.set_num_threads(1)
+SMALL, LARGE = 0, 1
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(numbers: tuple[int, ...], *shape: int) -> torch.Tensor:
+    """Embeddings of the prompts with these numbers; 99 is the empty one."""
+    return torch.stack([normal(*shape, seed=1000 + number) for number in numbers])
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline: how to build it, and its arguments for prompts of these numbers, guided or not, small or large.
+
+    latents: shape of those of one small item. tokens: how many that are, inside. text: rows of the prompt that the
+    feed-forward module of the first block sees too. callback: whether it takes `callback_on_step_end`.
+    """
+
+    build: Callable[[], Any]
+    arguments: Callable[[tuple[int, ...], bool, int], dict[str, Any]]
+    latents: tuple[int, ...]
+    tokens: int
+    text: int = 0
+    callback: bool = True
+
+    def call(
+        self, pipe: Any, *, seed: int = 0, steps: int = 10, items: tuple[int, ...] = (0,), guided: bool = True,
+        size: int = SMALL, **more: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """Latents (pictures in [0, 1] for DiT)."""
+        given = self.arguments(items, guided, size)
+        return pipe(
+            num_inference_steps=steps, generator=generators(seed, len(items)), return_dict=False,
+            **{"output_type": "latent", **given, **more},
+        )[0]  # fmt: skip
+
+
+def finished(pipe: Any, seed: int = 0) -> Any:
+    for name in ("transformer", "transformer_2"):
+        if getattr(pipe, name, None) is not None:
+            randomise(getattr(pipe, name), seed=seed + len(name))
+            getattr(pipe, name).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def solver(**more: Any) -> Any:
+    """DPM-Solver++ with flow prediction."""
+    return library.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, **more
+    )
+
+
+def ltx() -> Any:
+    transformer = library.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=3, caption_channels=8,
+    )  # fmt: skip
+    return finished(
+        library.LTXPipeline(library.FlowMatchEulerDiscreteScheduler(), None, None, None, transformer=transformer)
+    )
+
+
+def ltx_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    return {
+        "height": 96 + 32 * size, "width": 96, "num_frames": 17, "guidance_scale": 3.0 if guided else 1.0,
+        "prompt_embeds": prompts(items, 5, 8), "prompt_attention_mask": torch.ones(n, 5),
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8), "negative_prompt_attention_mask": torch.ones(n, 5),
+    }  # fmt: skip
+
+
+def flux() -> Any:
+    transformer = library.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return finished(
+        library.FluxPipeline(
+            scheduler, None, None, None, text_encoder_2=None, tokenizer_2=None, transformer=transformer
+        )
+    )
+
+
+def flux_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    negative = {
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8),
+        "negative_pooled_prompt_embeds": prompts((99,) * n, 8), "true_cfg_scale": 2.0,
+    }  # fmt: skip
+    return {
+        "height": 64 + 32 * size, "width": 64, "prompt_embeds": prompts(items, 5, 8),
+        "pooled_prompt_embeds": prompts(items, 8), **(negative if guided else {}),
+    }  # fmt: skip
+
+
+def hunyuan() -> Any:
+    transformer = library.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_single_layers=2,
+        num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=8,
+        pooled_projection_dim=8, rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
+    scheduler = library.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return finished(library.HunyuanVideoPipeline(None, None, transformer, None, scheduler, None, None))
+
+
+def hunyuan_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    mask = torch.ones(n, 5)
+    mask[:, 4] = 0
+    negative = {
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8), "negative_prompt_attention_mask": mask,
+        "negative_pooled_prompt_embeds": prompts((99,) * n, 8), "true_cfg_scale": 2.0,
+    }  # fmt: skip
+    return {
+        "height": 32 + 16 * size, "width": 48, "num_frames": 9, "prompt_embeds": prompts(items, 5, 8),
+        "prompt_attention_mask": mask, "pooled_prompt_embeds": prompts(items, 8), **(negative if guided else {}),
+    }  # fmt: skip
+
+
+def cogvideox(scheduler: Any = None) -> Any:
+    transformer = library.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
+        num_layers=3, sample_width=6, sample_height=4, sample_frames=9, patch_size=2, max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    return finished(library.CogVideoXPipeline(None, None, None, transformer, scheduler or solver()))
+
+
+def cogvideox_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    return {
+        "height": 32, "width": 48, "num_frames": 9 + 8 * size, "guidance_scale": 3.0 if guided else 1.0,
+        "prompt_embeds": prompts(items, 5, 8), "negative_prompt_embeds": prompts((99,) * len(items), 5, 8),
+    }  # fmt: skip
+
+
+def sd3() -> Any:
+    transformer = library.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+    )  # fmt: skip
+    scheduler = library.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return finished(library.StableDiffusion3Pipeline(transformer, scheduler, None, None, None, None, None, None, None))
+
+
+def sd3_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    return {
+        "height": 64 + 16 * size, "width": 64, "guidance_scale": 3.0 if guided else 1.0,
+        "prompt_embeds": prompts(items, 5, 8), "pooled_prompt_embeds": prompts(items, 8),
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8), "negative_pooled_prompt_embeds": prompts((99,) * n, 8),
+    }  # fmt: skip
+
+
+def pixart(scheduler: Any = None) -> Any:
+    transformer = library.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
+        cross_attention_dim=16, sample_size=8, patch_size=2, caption_channels=8,
+        norm_type="ada_norm_single", use_additional_conditions=False,
+    )  # fmt: skip
+    return finished(library.PixArtAlphaPipeline(None, None, None, transformer, scheduler or solver()))
+
+
+def pixart_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    return {
+        "height": 64 + 16 * size, "width": 64, "guidance_scale": 3.0 if guided else 1.0, "negative_prompt": None,
+        "prompt_embeds": prompts(items, 5, 8), "prompt_attention_mask": torch.ones(n, 5),
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8), "negative_prompt_attention_mask": torch.ones(n, 5),
+        "use_resolution_binning": False,
+    }  # fmt: skip
+
+
+def dit(scheduler: Any = None) -> Any:
+    transformer = library.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, norm_num_groups=2,
+    )  # fmt: skip
+    vae = library.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,),
+        latent_channels=4, norm_num_groups=2, sample_size=8, mid_block_add_attention=False, scaling_factor=1.0,
+    )  # fmt: skip
+    randomise(vae, seed=3)
+    return finished(library.DiTPipeline(transformer, vae.eval(), scheduler or solver()))
+
+
+def dit_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    return {"class_labels": list(items), "guidance_scale": 3.0 if guided else 1.0, "output_type": "pt"}
+
+
+def wan_image(*, expand: bool = False) -> Any:
+    """Image to video: the image beside the latents, or (`expand`) in their first frame, with a timestep a token."""
+    base = tiny_wan_pipeline()
+    transformer = library.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=96, num_layers=3,
+        rope_max_seq_len=64, in_channels=16 if expand else 36, out_channels=16,
+    )  # fmt: skip
+    pipe = library.WanImageToVideoPipeline(
+        base.tokenizer, base.text_encoder, base.vae, base.scheduler, transformer=transformer, expand_timesteps=expand
+    )
+    return finished(pipe)
+
+
+def wan_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n = len(items)
+    return {
+        "height": 32 + 16 * size, "width": 48, "num_frames": 9, "guidance_scale": 3.0 if guided else 1.0,
+        "prompt_embeds": prompts(items, 7, 32), "negative_prompt_embeds": prompts((99,) * n, 7, 32),
+    }  # fmt: skip
+
+
+def wan_image_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    return {**wan_arguments(items, guided, size), "image": PIL.Image.new("RGB", (48, 32), (200, 30, 90))}
+
+
+def wan_two_experts() -> Any:
+    first, second = tiny_wan_pipeline(), tiny_wan_pipeline(seed=1)
+    pipe = library.WanPipeline(
+        first.tokenizer, first.text_encoder, first.vae, first.scheduler, transformer=first.transformer,
+        transformer_2=second.transformer, boundary_ratio=0.6,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FAMILIES = {
+    "ltx": Family(ltx, ltx_arguments, (1, 27, 4), 27),
+    "flux": Family(flux, flux_arguments, (1, 16, 4), 16),
+    "hunyuan": Family(hunyuan, hunyuan_arguments, (1, 4, 3, 4, 6), 18),
+    "cogvideox": Family(cogvideox, cogvideox_arguments, (1, 3, 4, 4, 6), 18, text=5),
+    "sd3": Family(sd3, sd3_arguments, (1, 4, 8, 8), 16),
+    "pixart": Family(pixart, pixart_arguments, (1, 4, 8, 8), 16, callback=False),
+    "dit": Family(dit, dit_arguments, (1, 4, 8, 8), 16, callback=False),
+    "wan_image": Family(wan_image, wan_image_arguments, (1, 16, 3, 4, 6), 18),
+    "wan_token_times": Family(lambda: wan_image(expand=True), wan_image_arguments, (1, 16, 3, 4, 6), 18),
+    "wan_two_experts": Family(wan_two_experts, wan_arguments, (1, 16, 3, 4, 6), 18),
+}

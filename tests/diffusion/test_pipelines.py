@@ -1,0 +1,208 @@
+"""HSA on whole pipelines of every family: identity, honest counts, undo, changes between calls, failures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mmaccel
+from mmaccel.errors import MethodError, NonFiniteError, NotApplicableError
+from tests.diffusion.families import FAMILIES, LARGE, Family, cogvideox, dit, library, pixart
+
+every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+# with the first two steps whole and two experts, 0.5 needs a few more steps than 10
+STEPS = 12
+
+
+def traces(pipe):
+    return [
+        (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for which in ("transformer", "transformer_2")
+        if getattr(pipe, which, None) is not None
+        for name, module in getattr(pipe, which).named_modules()
+    ]
+
+
+def rows_of_the_first_block(pipe, text):
+    """Rows that reach the feed-forward module of each transformer's first block, a list that fills by itself."""
+    seen = []
+    for which in ("transformer", "transformer_2"):
+        transformer = getattr(pipe, which, None)
+        if transformer is not None:
+            block = getattr(transformer, "transformer_blocks", None) or transformer.blocks
+            forward = getattr(block[0], "ff", None) or block[0].ffn
+            forward.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1] - text))
+    return seen
+
+
+@every
+def test_runtime_one_is_the_identity(family: Family):
+    pipe, twin = family.build(), family.build()
+    with mmaccel.accelerate(pipe, "hsa:runtime=1.0") as handle:
+        for guided in (True, False):
+            assert torch.equal(family.call(pipe, guided=guided), family.call(twin, guided=guided))
+    assert handle.report().as_dict()["tokens"][0]["kept"] == 1.0
+
+
+@every
+def test_half_the_rows_are_computed_and_the_report_says_so(family: Family):
+    """Rows are counted where they arrive, inside the first block."""
+    pipe = family.build()
+    dense = family.call(pipe, steps=STEPS)
+    seen = rows_of_the_first_block(pipe, family.text)
+    family.call(pipe, steps=STEPS)
+    whole = sum(seen)
+    assert whole % (STEPS * family.tokens) == 0
+    seen.clear()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+        ours = family.call(pipe, steps=STEPS)
+        counted = handle.report().as_dict()["tokens"][0]
+    assert torch.isfinite(ours).all()
+    assert not torch.equal(ours, dense)
+    assert sum(seen) / whole == pytest.approx(0.5, abs=0.05)
+    assert counted["tokens_in"] == whole
+    assert counted["tokens_out"] == sum(seen)
+    assert "memory of keys and values" in handle.report().events
+
+
+@every
+def test_calls_are_independent_whatever_changes_between_them(family: Family):
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        first = family.call(pipe, steps=STEPS)
+        family.call(pipe, steps=16, items=(1,))
+        family.call(pipe, steps=STEPS, size=LARGE)
+        unguided = family.call(pipe, steps=STEPS, guided=False)
+        assert torch.equal(family.call(pipe, steps=STEPS), first)
+        family.call(pipe, steps=STEPS, items=(0, 1, 2))
+        assert torch.equal(family.call(pipe, steps=STEPS, guided=False), unguided)
+        assert torch.equal(family.call(pipe, steps=STEPS), first)
+
+
+@every
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_batch_equals_single_items(family: Family, guided):
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        both = family.call(pipe, steps=STEPS, items=(0, 1), guided=guided)
+        alone = [
+            family.call(pipe, steps=STEPS, items=(item,), seed=item, guided=guided)
+            for item in (0, 1)
+        ]  # fmt: skip
+    assert torch.allclose(both, torch.cat(alone), atol=2e-4)
+
+
+@every
+def test_undo_is_exact_and_pipelines_are_independent(family: Family):
+    pipe, twin = family.build(), family.build()
+    family.call(pipe)  # the first call leaves a registry of diffusers' own
+    family.call(twin)
+    before = traces(twin)
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        family.call(pipe, steps=STEPS)
+        expected = family.call(twin, steps=STEPS, seed=1)
+    assert traces(pipe) == before
+    assert torch.equal(family.call(pipe, steps=STEPS, seed=1), expected)
+
+
+@every
+@pytest.mark.parametrize("memory", ["half", "fp8"])
+def test_half_of_the_layers_may_keep_keys_and_values(family: Family, memory):
+    """In the others computed rows see each other only, with masks and tables to match."""
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, layers=0.5, memory=memory)):
+        first = family.call(pipe, steps=STEPS)
+        assert torch.isfinite(first).all()
+        both = family.call(pipe, steps=STEPS, items=(0, 1))
+    assert torch.allclose(both[:1], first, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["ltx", "flux", "dit", "wan_two_experts", "wan_token_times"])
+def test_models_that_wait_on_another_device(name):
+    family = FAMILIES[name]
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        expected = family.call(pipe, steps=STEPS)
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(family.call(pipe, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.callback])
+def test_a_callback_that_raises_or_interrupts_leaves_the_pipeline_usable(name):
+    family = FAMILIES[name]
+    pipe = family.build()
+
+    def stop(_pipe, step, *_):
+        if step == 5:
+            raise RuntimeError("enough")
+        return {}
+
+    def interrupt(pipe, step, *_):
+        pipe._interrupt = step >= 6
+        return {}
+
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        expected = family.call(pipe, steps=STEPS)
+        with pytest.raises(RuntimeError, match="enough"):
+            family.call(pipe, steps=STEPS, items=(2,), callback_on_step_end=stop)
+        assert torch.equal(family.call(pipe, steps=STEPS), expected)
+        family.call(pipe, steps=STEPS, items=(2,), callback_on_step_end=interrupt)
+        assert torch.equal(family.call(pipe, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dit"])  # which takes no latents
+def test_latents_that_are_not_numbers_are_refused(name):
+    family = FAMILIES[name]
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        with pytest.raises(NonFiniteError, match="latents of the first step"):
+            family.call(pipe, steps=STEPS, latents=torch.full(family.latents, float("nan")))
+        family.call(pipe, steps=STEPS)
+
+
+@every
+def test_few_steps_do_not_pay_and_the_message_says_so(family: Family):
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.4)):
+        with pytest.raises(MethodError, match="does not pay"):
+            family.call(pipe, steps=4)
+        assert torch.isfinite(family.call(pipe, steps=STEPS)).all()
+
+
+@pytest.mark.parametrize("build", [
+    lambda: dit(library.DDIMScheduler()),
+    lambda: pixart(library.DDPMScheduler()),
+    lambda: cogvideox(library.CogVideoXDDIMScheduler()),
+    lambda: cogvideox(library.CogVideoXDPMScheduler()),
+])  # fmt: skip
+def test_schedulers_without_sigmas_are_refused(build):
+    pipe = build()
+    with pytest.raises(NotApplicableError, match=f"{type(pipe.scheduler).__name__} has none"):
+        mmaccel.accelerate(pipe, "hsa")
+
+
+def test_held_noise_telescopes_with_a_first_order_solver_and_the_report_names_it():
+    """One group at divisor 3 is the solver over every third timestep: its update is linear in the predicted noise."""
+    family, noise = FAMILIES["pixart"], {"prediction_type": "epsilon", "use_flow_sigmas": False, "solver_order": 1}
+    pipe, twin = (
+        pixart(library.DPMSolverMultistepScheduler(**noise)),
+        pixart(library.DPMSolverMultistepScheduler(**noise)),
+    )
+    with mmaccel.accelerate(pipe, mmaccel.HSA(divisors=3, first=2, last=0, order=0)) as handle:
+        ours = family.call(pipe, steps=11)
+    times = pipe.scheduler.timesteps[[0, 1, 4, 7, 10]].tolist()
+    assert torch.allclose(ours, family.call(twin, steps=5, timesteps=times), atol=1e-4)
+    assert "prediction of type epsilon" in handle.report().lines()[0]
+    with mmaccel.accelerate(FAMILIES["pixart"].build(), "hsa") as handle:
+        assert not any("prediction" in line for line in handle.report().lines())
+
+
+def test_guidance_by_skipped_layers_is_computed_in_full():
+    """Its extra calls have another batch, so that no two calls in a row belong to one run; the report says so."""
+    family = FAMILIES["sd3"]
+    pipe, twin = family.build(), family.build()
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+        ours = family.call(pipe, steps=STEPS, **skip)
+    assert torch.equal(ours, family.call(twin, steps=STEPS, **skip))
+    assert any("nothing was dropped" in line for line in handle.report().lines())
