@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,13 +30,15 @@ def fits(model: Any) -> bool:
 class Layout:
     """How a family of transformers treats the tokens of a latent.
 
-    blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token. text:
-    where the prompt's tokens stand among the keys of these, if they are there. rotary: names that a block's argument
+    blocks: its block lists, in order. attention: names of a block's attentions whose keys are the latent's tokens.
+    text: where the prompt's tokens stand among these keys, if they are there. rotary: names that a block's argument
     with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
-    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: the block's argument that may
-    hold one time embedding a token. output: which of a block's outputs are the latent's tokens, None if there is one
-    output only. projections: layers that see the prompt alone. frames_first: a latent is [B, T, C, H, W]. guidance:
-    whether pipelines compute its branches by a call each or by one batch.
+    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
+    hold one time embedding a token; masks: those that mask its self-attention. skipped: an attention's argument that
+    says that it does not attend. companion: whether another stream runs along, which needs every step. output: which
+    of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see the
+    prompt alone. frames_first: a latent is [B, T, C, H, W]. guidance: whether pipelines compute its branches by a call
+    each or by one batch.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
@@ -45,7 +47,10 @@ class Layout:
     rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
     rotary_text: bool = False
-    times: str = ""
+    times: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    skipped: str = ""
+    companion: bool = False
     output: int | None = None
     projections: tuple[str, ...] = ()
     frames_first: bool = False
@@ -56,10 +61,16 @@ _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), rotary=("rotary_emb",), times="temb",
+        blocks=("blocks",), rotary=("rotary_emb",), times=("temb",),
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
-    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb",), times="temb", projections=_CROSS),
+    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS),
+    # what its layers make of the prompt may depend on the time
+    "LTX2VideoTransformer3DModel": Layout(
+        attention=("attn1", "video_to_audio_attn"), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
+        times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), masks=("self_attention_mask",),
+        skipped="all_perturbed", companion=True, output=0,
+    ),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
         rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0, guidance="calls",
@@ -111,7 +122,9 @@ class Diffusion:
         """
         if self.family not in _LAYOUTS:
             raise AdapterError(f"no token layout is known for {self.family}; known are {', '.join(_LAYOUTS)}.")
-        return _LAYOUTS[self.family]
+        layout = _LAYOUTS[self.family]
+        split = self.transformer.config.get("rope_type") == "split"  # tables are then [B, heads, N, d / 2]
+        return replace(layout, rotary_dim=2) if split else layout
 
     def blocks(self, transformer: Any) -> dict[str, Any]:
         """The blocks of one of the transformers, by name, in the order in which they run."""
@@ -120,6 +133,11 @@ class Diffusion:
             for name in self.layout.blocks
             for index, block in enumerate(getattr(transformer, name))
         }
+
+    def width(self, transformer: Any, attention: Any) -> int:
+        """Numbers that the keys of a token have in an attention of a transformer, over all heads."""
+        config = transformer.config
+        return getattr(attention, "inner_kv_dim", None) or config.num_attention_heads * config.attention_head_dim
 
     def arguments(self, transformer: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments of a call of a transformer, by name."""

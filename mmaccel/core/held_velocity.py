@@ -48,8 +48,12 @@ class Storage:
 
 @dataclass
 class _Branch:
-    """What a branch of guidance holds: its last velocity, what was expected for it, how fast it changes, since when."""
+    """What a branch of guidance holds: its last velocity, what was expected for it, how fast it changes, since when.
 
+    step: when it was called last; a branch may pause.
+    """
+
+    step: int = -1
     last: Tensor | None = None
     before: Tensor | None = None
     slope: Tensor | None = None
@@ -126,7 +130,7 @@ class HeldVelocity:
                 with rows:
                     return self._step(call, args, kwargs, given, run, branch, at, transformer, rows)
             finally:
-                if at.step + 1 >= at.total and at.branch + 1 >= len(run.branches):
+                if at.step + 1 >= at.total and all(other.step != at.step - 1 for other in run.branches.values()):
                     self._run = None  # nothing is held from one call of the pipeline to the next
                 self._text = None
 
@@ -173,6 +177,11 @@ class HeldVelocity:
         patch = self.site.patch(transformer, latents)
         rows.tokens = run.tokens = math.prod(token_grid(latents, patch, frames_first))
         chosen = self._rows(run, at.step)
+        if branch.last is None or branch.step != at.step - 1:
+            chosen = None
+        elif chosen is not None and not len(chosen) and self.site.layout.companion:
+            chosen = chosen.new_zeros(1)
+        branch.step = at.step
         count = run.tokens if chosen is None else len(chosen)
         self.report.count(self.name, "transformer", run.tokens, count)
         if chosen is None:
@@ -201,7 +210,7 @@ class HeldVelocity:
     def _places(self, run: _Run, chosen: Tensor, latents: Tensor) -> Tensor:
         assert run.order is not None
         rows = run.order.index_select(1, chosen.to(run.order.device)).sort(1).values
-        return rows if rows.shape[0] in (1, latents.shape[0]) else rows.repeat(run.parts, 1)
+        return rows if rows.shape[0] == 1 else rows.repeat(latents.shape[0] // rows.shape[0], 1)
 
     def _whole(self, branch: _Branch, velocity: Tensor, time: Tensor) -> None:
         now = time.detach().float().max()
@@ -242,7 +251,8 @@ class HeldVelocity:
 
     def _need(self, run: _Run, parts: int, patch: tuple[int, ...], frames_first: bool, transformer: Any) -> Tensor:
         """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls."""
-        held = [run.branches[index] for index in sorted(run.branches)]
+        held = [run.branches[index] for index in sorted(run.branches) if run.branches[index].before is not None]
+        held = [branch for branch in held if _items(branch) == _items(held[0])]
         scale = self.site.guidance(transformer)
         sides = []
         for name in ("before", "last"):
@@ -258,35 +268,33 @@ class HeldVelocity:
         return score
 
     def _allocate(self, run: _Run, branch: _Branch, at: Call, tokens: int, latents: Tensor, transformer: Any) -> None:
-        attentions = [
-            f"{name}.{attribute}"
+        attentions = {
+            f"{name}.{attribute}": self.site.width(transformer, getattr(block, attribute))
             for name, block in self.site.blocks(transformer).items()
             for attribute in self.site.layout.attention
             if getattr(block, attribute, None) is not None
-        ]
+        }
         dtype = latents.dtype
         if at.branch == 0:
-            self._check_memory(
-                len(attentions), tokens * latents.shape[0] * len(run.branches), dtype, latents, transformer
-            )
+            items = sum(_items(other) for other in run.branches.values())
+            self._check_memory(attentions, tokens * items, dtype, latents.device)
         target = self.storage.dtype(dtype)
         device = "cpu" if self.storage.offload else None
         branch.kept = {
-            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen(attentions)
+            name: KeysValues(target if target != dtype else None, device)
+            for name in self.storage.chosen(list(attentions))
         }
 
-    def _check_memory(self, layers: int, tokens: int, dtype: torch.dtype, latents: Tensor, transformer: Any) -> None:
-        config = transformer.config
-        numbers = 2 * layers * tokens * config.num_attention_heads * config.attention_head_dim
-        device = torch.device("cpu") if self.storage.offload else latents.device
+    def _check_memory(self, widths: dict[str, int], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        if self.storage.offload:
+            device = torch.device("cpu")
         free = free_memory(device)
 
         def size(storage: Storage) -> int:
-            share = len(storage.chosen(list(map(str, range(layers))))) / layers
-            return int(numbers * share * storage.dtype(dtype).itemsize)
+            return 2 * tokens * storage.dtype(dtype).itemsize * sum(widths[name] for name in storage.chosen([*widths]))
 
         wanted = size(self.storage)
-        text = f"{wanted / 1e9:.3g} GB for keys and values of {layers} attentions on {device}"
+        text = f"{wanted / 1e9:.3g} GB for keys and values of {len(widths)} attentions on {device}"
         self.report.events["memory of keys and values"] = text
         logger.info("%s: %s, %s free", self.name, text, "unknown" if free is None else f"{free / 1e9:.3g} GB")
         if free is None or wanted <= free:
@@ -309,10 +317,14 @@ def _gap(times: Any) -> Any:
     return torch.where(times == 0, torch.ones_like(times), times)
 
 
+def _items(branch: _Branch) -> int:
+    return 0 if branch.last is None else branch.last.shape[0]
+
+
 def _velocity(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, tuple):
         return output[0], lambda value: (value, *output[1:])
-    return output.sample, lambda value: type(output)(sample=value)
+    return output.sample, lambda value: type(output)(**{**output, "sample": value})
 
 
 def _inside(block: Any, path: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import PIL.Image
 import torch
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
 from mmaccel.tiny.families.weights import randomise
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
@@ -252,9 +253,58 @@ def wan_two_experts() -> Any:
     return pipe
 
 
+def ltx2_transformer(*, split: bool = True, newer: bool = True) -> Any:
+    """As in LTX-2 or (`newer`) LTX-2.3, whose layers modulate the prompt by the time and gate their attention."""
+    return library.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=3, caption_channels=8, rope_type="split" if split else "interleaved",
+        gated_attn=newer, cross_attn_mod=newer, audio_gated_attn=newer, audio_cross_attn_mod=newer,
+        perturbed_attn=True,
+    )  # fmt: skip
+
+
+def ltx2() -> Any:
+    vae = library.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,),
+        upsample_factor=(1,), patch_size=1, decoder_causal=False, spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )  # fmt: skip
+    audio_vae = library.AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, resolution=32, mel_bins=8
+    )
+    connectors = LTX2TextConnectors(
+        caption_channels=8, text_proj_in_factor=2, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=4, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2, audio_connector_attention_head_dim=4, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None, rope_type="split",
+    )  # fmt: skip
+    randomise(connectors, seed=5)
+    scheduler = library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = library.LTX2Pipeline(scheduler, vae, audio_vae, None, None, connectors.eval(), ltx2_transformer(), None)
+    return finished(pipe)
+
+
+def ltx2_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    """With every kind of guidance the pipeline makes three calls a step, of two sizes of batch."""
+    n = len(items)
+    scales = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0}
+    return {
+        "height": 96 + 32 * size, "width": 96, "num_frames": 17, "spatio_temporal_guidance_blocks": [1],
+        "prompt_embeds": prompts(items, 5, 16), "prompt_attention_mask": torch.ones(n, 5),
+        "negative_prompt_embeds": prompts((99,) * n, 5, 16), "negative_prompt_attention_mask": torch.ones(n, 5),
+        **({name: value if guided else float(name != "stg_scale") for name, value in scales.items()}),
+        "audio_stg_scale": 1.0 if guided else 0.0,
+    }  # fmt: skip
+
+
 FAMILIES = {
     "ltx": Family(ltx, ltx_arguments, (1, 27, 4), 27),
     "flux": Family(flux, flux_arguments, (1, 16, 4), 16),
+    "ltx2": Family(ltx2, ltx2_arguments, (1, 27, 4), 27),
     "hunyuan": Family(hunyuan, hunyuan_arguments, (1, 4, 3, 4, 6), 18),
     "cogvideox": Family(cogvideox, cogvideox_arguments, (1, 3, 4, 4, 6), 18, text=5),
     "sd3": Family(sd3, sd3_arguments, (1, 4, 8, 8), 16),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import mmaccel
+from mmaccel.core.row_attention import KeysValues
 from mmaccel.errors import MethodError, NonFiniteError, NotApplicableError
 from tests.diffusion.families import FAMILIES, LARGE, Family, cogvideox, dit, library, pixart
 
@@ -197,12 +201,52 @@ def test_held_noise_telescopes_with_a_first_order_solver_and_the_report_names_it
         assert not any("prediction" in line for line in handle.report().lines())
 
 
-def test_guidance_by_skipped_layers_is_computed_in_full():
-    """Its extra calls have another batch, so that no two calls in a row belong to one run; the report says so."""
+@pytest.mark.parametrize("name", ["ltx2", "sd3", "flux"])
+def test_nothing_is_held_between_calls(name):
+    """Whatever branches of guidance there were, also such as pause."""
+    more = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.4} if name == "sd3" else {}
+    pipe, alive, store = FAMILIES[name].build(), [], KeysValues.store
+
+    def watched(self, *parts):
+        alive.extend(map(weakref.ref, parts))
+        store(self, *parts)
+
+    with pytest.MonkeyPatch.context() as patch, mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+        patch.setattr(KeysValues, "store", watched)
+        FAMILIES[name].call(pipe, steps=STEPS, **more)
+        gc.collect()
+        assert alive
+        assert not any(reference() is not None for reference in alive)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.2, 0.6)])
+def test_further_calls_of_a_step_with_a_batch_of_their_own(start, stop):
+    """Guidance by skipped layers calls the transformer once more in some of the steps, without the empty prompt."""
     family = FAMILIES["sd3"]
-    pipe, twin = family.build(), family.build()
-    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    pipe = family.build()
+    more = {"skip_guidance_layers": [1], "skip_layer_guidance_start": start, "skip_layer_guidance_stop": stop}
+    seen = rows_of_the_first_block(pipe, 0)
+    family.call(pipe, steps=STEPS, **more)
+    whole = sum(seen)
+    seen.clear()
     with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
-        ours = family.call(pipe, steps=STEPS, **skip)
-    assert torch.equal(ours, family.call(twin, steps=STEPS, **skip))
-    assert any("nothing was dropped" in line for line in handle.report().lines())
+        first = family.call(pipe, steps=STEPS, **more)
+        assert sum(seen) / whole == pytest.approx(0.5, abs=0.1)
+        assert handle.report().as_dict()["tokens"][0]["tokens_out"] == sum(seen)
+        plain = family.call(pipe, steps=STEPS)
+        assert torch.equal(family.call(pipe, steps=STEPS, **more), first)
+        assert torch.equal(family.call(pipe, steps=STEPS), plain)
+        both = family.call(pipe, steps=STEPS, items=(0, 1), **more)
+    assert torch.allclose(both[:1], first, atol=2e-4)
+
+
+def test_sound_is_computed_at_every_step():
+    pipe = FAMILIES["ltx2"].build()
+    seen, calls = [], []
+    audio = pipe.transformer.transformer_blocks[0].audio_ff
+    audio.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.35, divisors=4)):
+        FAMILIES["ltx2"].call(pipe, steps=STEPS)
+    assert len(seen) == len(calls) == 3 * STEPS
+    assert len(set(seen)) == 1
