@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
-__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps"]
+__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps", "known_blocks", "one_batch"]
 
 STEPS = "on the steps of the diffusion transformer"
 
@@ -38,9 +38,11 @@ class Installed:
 
     transformer: Any
     hooks: list[tuple[Any, str, Any, Any]]  # module, name, hook, the `forward` that calls it
+    batch: int | None = None
 
     def fresh(self) -> None:
         """Forget what earlier calls left; the context of a call under way stays."""
+        self.batch = None
         for module, _, hook, _ in self.hooks:
             if hook._is_stateful:
                 kept = [(value, value._context) for value in vars(hook).values() if hasattr(value, "set_context")]
@@ -99,8 +101,15 @@ class DiffusersCache(Method):
         raise NotImplementedError
 
     def enable(self, transformer: Any, config: Any) -> None:
-        """Have diffusers put its hooks on."""
-        transformer.enable_cache(config)
+        """Have diffusers put its hooks on, also where the model itself has no interface for it."""
+        if hasattr(transformer, "enable_cache"):
+            transformer.enable_cache(config)
+        else:
+            self.apply()(transformer, config)
+
+    def apply(self) -> Callable[[Any, Any], None]:
+        """The function of diffusers that puts the hooks on any module."""
+        raise NotImplementedError
 
     def watch(self, installer: Installer, installed: Installed, config: Any) -> None:  # noqa: ARG002
         """Count what the cache does; by default whether the first hooked module computes."""
@@ -114,15 +123,13 @@ class DiffusersCache(Method):
         """The hooked modules.
 
         Raises:
-            NotApplicableError: the transformer has no cache interface, or nothing in it that the cache can hook.
+            NotApplicableError: the transformer has nothing that the cache can hook.
             ConflictError: a cache of diffusers is switched on already.
         """
         touches = []
         for name, transformer in target.site.transformers.items():
             kind = type(transformer).__name__
-            if not hasattr(transformer, "enable_cache"):
-                raise NotApplicableError(f"{kind} has no cache interface of diffusers.")
-            if transformer.is_cache_enabled:
+            if getattr(transformer, "is_cache_enabled", False):
                 on = type(transformer._cache_config).__name__
                 raise ConflictError(f"{kind} has diffusers' {on} on; call disable_cache() first.")
             found = self.sites(transformer)
@@ -153,11 +160,15 @@ class DiffusersCache(Method):
                 patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
 
     def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
+        own = not hasattr(installed.transformer, "cache_context")
+
         def hook(_: Any, args: Any, kwargs: Any) -> None:
-            if not called:
+            if not called and not own:
                 called.append(True)
             if clock.tick(args, kwargs) and alone:
                 self.begin(config, installed, None)
+            if own:
+                _announce(installed.transformer, kwargs.get("hidden_states", args[0] if args else None))
 
         return hook
 
@@ -173,15 +184,69 @@ class DiffusersCache(Method):
         return around
 
 
+def one_batch(installer: Installer, installed: Installed, name: str) -> None:
+    """Refuse pipelines that call the transformer with several sizes of batch in a sampling.
+
+    For caches that keep one output a module, whoever calls it.
+    """
+    if installer.target.site.pipeline is None:  # another shape begins another sampling then
+        return
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        size = len(kwargs.get("hidden_states", args[0] if args else ()))
+        if installed.batch not in (None, size):
+            raise NotApplicableError(
+                f"{name} keeps one output a module, and this pipeline calls its transformer with batches of "
+                f"{installed.batch} and {size}; switch off guidance that needs calls of its own (such as stg_scale and "
+                "modality_scale of LTX-2, skip_guidance_layers of Stable Diffusion 3), or use taylorseer."
+            )
+        installed.batch = size
+
+    installer.patcher.before(installed.transformer, hook)
+
+
+def _announce(transformer: Any, latents: Any) -> None:
+    """Name the call for caches that hold something for each branch: models without an interface say no names.
+
+    Their pipelines compute the branches of guidance in one batch; a call with another batch is another branch.
+    """
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    _set_cache_context(transformer, CacheContext(f"batch of {len(latents)}"))
+
+
+def known_blocks(name: str, transformer: Any) -> list[str]:
+    """The blocks, if diffusers knows where their hidden states are.
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    found = blocks(transformer)
+    for block in found.values():
+        try:
+            TransformerBlockRegistry.get(type(block))
+        except ValueError:
+            raise NotApplicableError(
+                f"{name}: diffusers does not say where the hidden states of a {type(block).__name__} are; use "
+                "taylorseer, which needs no block to be skipped."
+            ) from None
+    return list(found)
+
+
 def count_steps(installer: Installer, hook: Any) -> None:
     """Count in the report how often `hook` calls the module below it, and how often it answers by itself."""
     events, computed = installer.report.events, []
+    note, methods = installer.report.note, " + ".join(installer.report.methods)
 
     def outer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         computed.clear()
         result = call(*args, **kwargs)
         event = "steps computed" if computed else "steps reused"
         events[event] = events.get(event, 0) + 1
+        calls = events.get("steps computed", 0)
+        note("" if event == "steps reused" else f"{methods}: nothing was reused in {calls} calls", about="reused")
         return result
 
     def inner(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -291,13 +291,12 @@ def ltx2() -> Any:
 def ltx2_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
     """With every kind of guidance the pipeline makes three calls a step, of two sizes of batch."""
     n = len(items)
-    scales = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0}
+    scales = {"guidance_scale": (3.0, 1.0), "stg_scale": (1.0, 0.0), "modality_scale": (3.0, 1.0)}
     return {
         "height": 96 + 32 * size, "width": 96, "num_frames": 17, "spatio_temporal_guidance_blocks": [1],
         "prompt_embeds": prompts(items, 5, 16), "prompt_attention_mask": torch.ones(n, 5),
         "negative_prompt_embeds": prompts((99,) * n, 5, 16), "negative_prompt_attention_mask": torch.ones(n, 5),
-        **({name: value if guided else float(name != "stg_scale") for name, value in scales.items()}),
-        "audio_stg_scale": 1.0 if guided else 0.0,
+        **{f"{stream}{name}": pair[not guided] for name, pair in scales.items() for stream in ("", "audio_")},
     }  # fmt: skip
 
 
