@@ -37,8 +37,8 @@ class Layout:
     hold one time embedding a token; masks: those that mask its self-attention. skipped: an attention's argument that
     says that it does not attend. companion: whether another stream runs along, which needs every step. output: which
     of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see the
-    prompt alone. frames_first: a latent is [B, T, C, H, W]. guidance: whether pipelines compute its branches by a call
-    each or by one batch.
+    prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
+    compute its branches by a call each or by one batch; prompt_first: the one with the prompt, or class, then leads.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
@@ -54,7 +54,9 @@ class Layout:
     output: int | None = None
     projections: tuple[str, ...] = ()
     frames_first: bool = False
+    packed: bool = False
     guidance: Literal["calls", "batch"] = "batch"
+    prompt_first: bool = False
 
 
 _NAMES = ("transformer", "transformer_2")
@@ -64,12 +66,14 @@ _LAYOUTS = {
         blocks=("blocks",), rotary=("rotary_emb",), times=("temb",),
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
-    "LTXVideoTransformer3DModel": Layout(rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS),
+    "LTXVideoTransformer3DModel": Layout(
+        rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS, packed=True,
+    ),
     # what its layers make of the prompt may depend on the time
     "LTX2VideoTransformer3DModel": Layout(
         attention=("attn1", "video_to_audio_attn"), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
         times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), masks=("self_attention_mask",),
-        skipped="all_perturbed", companion=True, output=0,
+        skipped="all_perturbed", companion=True, output=0, packed=True,
     ),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
@@ -80,11 +84,11 @@ _LAYOUTS = {
     ),
     "FluxTransformer2DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
-        rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls",
+        rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls", packed=True,
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
     "PixArtTransformer2DModel": Layout(projections=_CROSS),
-    "DiTTransformer2DModel": Layout(),
+    "DiTTransformer2DModel": Layout(prompt_first=True),
 }  # fmt: skip
 
 

@@ -45,17 +45,39 @@ class Installed:
         self.batch = None
         for module, _, hook, _ in self.hooks:
             if hook._is_stateful:
-                kept = [(value, value._context) for value in vars(hook).values() if hasattr(value, "set_context")]
+                kept = [(manager, manager._context) for manager in _managers(hook)]
                 hook.reset_state(module)
                 for manager, context in kept:
                     manager.set_context(context)
+
+    @property
+    def named(self) -> bool:
+        """Whether somebody has named the call under way, or nothing in the cache asks for its name."""
+        managers = [manager for _, _, hook, _ in self.hooks for manager in _managers(hook)]
+        return not managers or any(manager._context is not None for manager in managers)
+
+    def name(self, name: str | None) -> None:
+        """Name the call under way, for pipelines that do not; None takes a name of ours away again."""
+        from diffusers.hooks.hooks import CacheContext
+
+        for _, _, hook, _ in self.hooks:
+            for manager in _managers(hook):
+                if name is not None:
+                    manager.set_context(CacheContext(name))
+                elif manager._context is not None and manager._context.name.startswith("call "):
+                    manager.set_context(None)
+
+
+def _managers(hook: Any) -> list[Any]:
+    return [value for value in vars(hook).values() if hasattr(value, "set_context")]
 
 
 class Clock:
     """The timestep of the step under way, on the scale 0 .. 1000, and whether a new sampling has begun.
 
     A pipeline says so by itself (`current_timestep`). A transformer alone has its argument `timestep`: values up to 1
-    are taken as fractions, and a turn of its direction, or another shape of the latents, begins a new sampling.
+    are taken as fractions, and a turn of its direction, or another shape of the latents, begins a new sampling. Calls
+    with the same timestep are numbered by `branch`.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -63,6 +85,7 @@ class Clock:
         self.last: float | None = None
         self.direction = 0
         self.shape: Any = None
+        self.branch = 0
 
     def __call__(self) -> float:
         """The timestep."""
@@ -84,6 +107,7 @@ class Clock:
         step = 0 if self.last is None else (now > self.last) - (now < self.last)
         begun = self.shape not in (None, shape) or (step != 0 and self.direction != 0 and step != self.direction)
         self.direction = 0 if begun else (step or self.direction)
+        self.branch = 0 if step or self.last is None else self.branch + 1
         self.last, self.shape = now, shape
         return begun
 
@@ -154,34 +178,44 @@ class DiffusersCache(Method):
             if not installed.hooks:
                 raise NotApplicableError(f"{self.info.name} hooked no module of {type(transformer).__name__}.")
             self.watch(installer, installed, config)
-            patcher.before(transformer, self._tick(site.pipeline is None, clock, called, config, installed))
+            for method in ("cache_context", "_reset_stateful_cache"):
+                if hasattr(transformer, method):
+                    patcher.wrap(transformer, method, _note(called))
+            patcher.before(transformer, self._tick(site.pipeline is None, clock, config, installed))
+            patcher.after(transformer, lambda *_, at=installed: at.name(None), always=True)
             if site.pipeline is not None:
                 # the pipeline clears the cache at its end, which a call that raised never reaches
-                patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
+                again = self._around(site.pipeline, clock, config, installed)
+                patcher.wrap(site.pipeline.scheduler, "set_timesteps", again)
 
-    def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
-        own = not hasattr(installed.transformer, "cache_context")
-
+    def _tick(self, alone: bool, clock: Clock, config: Any, installed: Installed) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
-            if not called and not own:
-                called.append(True)
             if clock.tick(args, kwargs) and alone:
                 self.begin(config, installed, None)
-            if own:
-                _announce(installed.transformer, kwargs.get("hidden_states", args[0] if args else None))
+            if not installed.named:
+                installed.name(f"call {clock.branch}")
 
         return hook
 
-    def _around(self, pipeline: Any, config: Any, installed: Installed) -> Any:
+    def _around(self, pipeline: Any, clock: Clock, config: Any, installed: Installed) -> Any:
         reference = weakref.ref(pipeline.scheduler)
 
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
             scheduler = reference()
+            clock.last = None
             self.begin(config, installed, None if scheduler is None else len(scheduler.timesteps))
             return result
 
         return around
+
+
+def _note(called: list[Any]) -> Callable[..., Any]:
+    def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(True)
+        return call(*args, **kwargs)
+
+    return around
 
 
 def one_batch(installer: Installer, installed: Installed, name: str) -> None:
@@ -203,16 +237,6 @@ def one_batch(installer: Installer, installed: Installed, name: str) -> None:
         installed.batch = size
 
     installer.patcher.before(installed.transformer, hook)
-
-
-def _announce(transformer: Any, latents: Any) -> None:
-    """Name the call for caches that hold something for each branch: models without an interface say no names.
-
-    Their pipelines compute the branches of guidance in one batch; a call with another batch is another branch.
-    """
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
-
-    _set_cache_context(transformer, CacheContext(f"batch of {len(latents)}"))
 
 
 def known_blocks(name: str, transformer: Any) -> list[str]:
@@ -294,7 +318,7 @@ def _undo(installed: Installed, before: _Before, config: Any, called: list[Any])
             registry = own.get("_diffusers_hook")
             if registry is None:
                 continue
-            # the pipeline's first call puts a registry on the transformer, cache or not, and it stays there
+            # a pipeline's first call puts a registry on the transformer, cache or not, and it stays there
             if not ("_diffusers_hook" in had or (module is transformer and called)) and not registry.hooks:
                 del own["_diffusers_hook"]
             if "forward" not in had and getattr(own.get("forward"), "__func__", None) is type(module).forward:

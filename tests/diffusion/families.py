@@ -300,6 +300,30 @@ def ltx2_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str,
     }  # fmt: skip
 
 
+def nucleus() -> Any:
+    """A family without an adapter, whose blocks diffusers' cache of text keys and values is written for."""
+    transformer = library.NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(8, 12, 12), moe_enabled=False,
+    )  # fmt: skip
+    scheduler = library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return finished(
+        library.NucleusMoEImagePipeline(
+            transformer=transformer, scheduler=scheduler, vae=None, text_encoder=None, processor=None
+        )
+    )
+
+
+def nucleus_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    n, mask = len(items), torch.ones(len(items), 5, dtype=torch.bool)
+    return {
+        "height": 64 + 16 * size, "width": 64, "guidance_scale": 3.0 if guided else 1.0,
+        "prompt_embeds": prompts(items, 5, 8), "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": prompts((99,) * n, 5, 8), "negative_prompt_embeds_mask": mask,
+    }  # fmt: skip
+
+
+NUCLEUS = Family(nucleus, nucleus_arguments, (1, 16, 16), 16)
 FAMILIES = {
     "ltx": Family(ltx, ltx_arguments, (1, 27, 4), 27),
     "flux": Family(flux, flux_arguments, (1, 16, 4), 16),
