@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,8 +31,9 @@ def fits(model: Any) -> bool:
 class Layout:
     """How a family of transformers treats the tokens of a latent.
 
-    blocks: its block lists, in order. attention: names of a block's attentions whose keys are the latent's tokens.
-    text: where the prompt's tokens stand among these keys, if they are there. rotary: names that a block's argument
+    blocks: its block lists, in order. attention: names of a block's attentions among the latent's tokens; readers: of
+    further ones whose keys these are. feed_forward: names of its modules that see every token by itself. text: where
+    the prompt's tokens stand among the tokens of these, if they are there. rotary: names that a block's argument
     with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
     neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
     hold one time embedding a token; masks: those that mask its self-attention. skipped: an attention's argument that
@@ -43,6 +45,8 @@ class Layout:
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention: tuple[str, ...] = ("attn1",)
+    readers: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = ("ff",)
     text: Literal["none", "first", "last"] = "none"
     rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
@@ -58,12 +62,17 @@ class Layout:
     guidance: Literal["calls", "batch"] = "batch"
     prompt_first: bool = False
 
+    @property
+    def keeping(self) -> tuple[str, ...]:
+        """Names of all attentions whose keys are the latent's tokens."""
+        return self.attention + self.readers
+
 
 _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), rotary=("rotary_emb",), times=("temb",),
+        blocks=("blocks",), feed_forward=("ffn",), rotary=("rotary_emb",), times=("temb",),
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
     "LTXVideoTransformer3DModel": Layout(
@@ -71,7 +80,7 @@ _LAYOUTS = {
     ),
     # what its layers make of the prompt may depend on the time
     "LTX2VideoTransformer3DModel": Layout(
-        attention=("attn1", "video_to_audio_attn"), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
+        readers=("video_to_audio_attn",), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
         times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), masks=("self_attention_mask",),
         skipped="all_perturbed", companion=True, output=0, packed=True,
     ),
@@ -158,6 +167,20 @@ class Diffusion:
             depth = getattr(transformer.config, "patch_size_t", None) or 1
             sizes = (*(depth,) * (axes - len(sizes)), *sizes)
         return sizes
+
+    def grid(self, transformer: Any, given: dict[str, Any]) -> tuple[int, ...]:
+        """Tokens along (time,) height and width of the latents of a call; (N,) where it does not say."""
+        latents = given["hidden_states"]
+        if latents.ndim > 3:
+            sizes = [*latents.shape[2:]] if not self.layout.frames_first else [latents.shape[1], *latents.shape[3:]]
+        elif given.get("img_ids") is not None:
+            sizes = [int(axis) + 1 for axis in (given["img_ids"].amax(0) - given["img_ids"].amin(0))[1:]]
+        else:
+            sizes = [given.get(name) or 0 for name in ("num_frames", "height", "width")]
+        patch = self.patch(transformer, latents) or (1,) * len(sizes)
+        counts = tuple(size // part for size, part in zip(sizes, patch, strict=True))
+        known = latents.ndim > 3 or math.prod(counts) == latents.shape[1]
+        return counts if known else (latents.shape[1],)
 
     def parts(self, latents: Tensor) -> int:
         """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""

@@ -271,7 +271,7 @@ class HeldVelocity:
         attentions = {
             f"{name}.{attribute}": self.site.width(transformer, getattr(block, attribute))
             for name, block in self.site.blocks(transformer).items()
-            for attribute in self.site.layout.attention
+            for attribute in self.site.layout.keeping
             if getattr(block, attribute, None) is not None
         }
         dtype = latents.dtype

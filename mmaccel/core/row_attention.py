@@ -72,14 +72,16 @@ class RowAttention(TorchFunctionMode):
     all (their keys and values are then stored). tokens: N. text: where keys of the prompt stand, which are always
     fresh. A mask is cut to the queries and keys that there are. tables: (cos, sin) [B, S, d] that queries and keys
     have still to be turned by, all S of them or those of the latent; for models whose tables have no batch axis.
+    sizes: float32 [B, m], how many tokens each of the rows stands for; as keys they count as often.
     """
 
     def __init__(
         self, kept: KeysValues | None, rows: Tensor | None, tokens: int, text: str,
-        tables: tuple[Tensor, Tensor] | None = None,
+        tables: tuple[Tensor, Tensor] | None = None, sizes: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.kept, self.rows, self.tokens, self.text, self.tables = kept, rows, tokens, text, tables
+        self.kept, self.rows, self.tokens, self.text = kept, rows, tokens, text
+        self.tables, self.sizes = tables, sizes
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +98,8 @@ class RowAttention(TorchFunctionMode):
         if self.kept is not None:
             key, value = self._keys(key, value, extra)
         mask = self._mask(given.get("attn_mask"), query.shape[2], key.shape[2], extra)
+        if self.sizes is not None:
+            mask = self._counted(mask, extra, query.dtype)
         return func(query, key, value, mask, *args[4:], **rest)
 
     def _mask(self, mask: Tensor | None, queries: int, keys: int, extra: int) -> Tensor | None:
@@ -115,6 +119,15 @@ class RowAttention(TorchFunctionMode):
                 index = (places[..., None] if axis == 2 else places[:, :, None]).expand(shape)
                 mask = mask.gather(axis, index.to(mask.device))
         return mask
+
+    def _counted(self, mask: Tensor | None, extra: int, dtype: torch.dtype) -> Tensor:
+        """The mask with log(size) added for each key."""
+        assert self.sizes is not None
+        pad = (extra, 0) if self.text == "first" else (0, extra)
+        bias = torch.nn.functional.pad(self.sizes.log(), pad)[:, None, None].to(dtype)
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
     def _rotated(self, x: Tensor) -> Tensor:
         if self.tables is None:
@@ -143,7 +156,8 @@ class RowAttention(TorchFunctionMode):
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        if exc[0] is None and self.calls != 1 and (self.kept is not None or self.tables is not None):
+        needed = any(part is not None for part in (self.kept, self.tables, self.sizes))
+        if exc[0] is None and self.calls != 1 and needed:
             raise NotApplicableError(
                 f"this self-attention called scaled_dot_product_attention {self.calls} times, and 1 call was expected; "
                 "set the attention backend to 'native' and use the model's default attention processors."

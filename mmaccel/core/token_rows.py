@@ -75,7 +75,7 @@ class TokenRows:
             patcher.before(block, self._before(block, first=name == names[0]))
             if name == names[-1]:
                 patcher.after(block, self._scatter)
-            for attribute in self.layout.attention:
+            for attribute in self.layout.keeping:
                 attention = getattr(block, attribute, None)
                 if attention is not None:
                     patcher.wrap(attention, "forward", self._attend(f"{name}.{attribute}"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmaccel.core.patching import Chain
+from mmaccel.core.patching import Chain, settle
 from mmaccel.errors import ConflictError, NotApplicableError
 from mmaccel.method import Method, Touch
 
@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
-__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps", "known_blocks", "one_batch"]
+__all__ = [
+    "STEPS",
+    "TOKENS",
+    "Clock",
+    "DiffusersCache",
+    "Installed",
+    "blocks",
+    "count_steps",
+    "holding",
+    "known_blocks",
+    "one_batch",
+]
 
 STEPS = "on the steps of the diffusion transformer"
+TOKENS = "on the tokens inside the diffusion transformer"
 
 
 def blocks(transformer: Any) -> dict[str, Any]:
@@ -218,6 +230,12 @@ def _note(called: list[Any]) -> Callable[..., Any]:
     return around
 
 
+def holding(module: Any) -> list[str]:
+    """Names of diffusers' hooks on a module that hold something from call to call."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else [name for name, hook in registry.hooks.items() if hook._is_stateful]
+
+
 def one_batch(installer: Installer, installed: Installed, name: str) -> None:
     """Refuse pipelines that call the transformer with several sizes of batch in a sampling.
 
@@ -318,6 +336,7 @@ def _undo(installed: Installed, before: _Before, config: Any, called: list[Any])
             registry = own.get("_diffusers_hook")
             if registry is None:
                 continue
+            settle(module, "forward")
             # a pipeline's first call puts a registry on the transformer, cache or not, and it stays there
             if not ("_diffusers_hook" in had or (module is transformer and called)) and not registry.hooks:
                 del own["_diffusers_hook"]

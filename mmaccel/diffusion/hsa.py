@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS
+from mmaccel.diffusion.diffusers_caches import STEPS, TOKENS
 from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
@@ -46,7 +46,7 @@ class HSA(Method):
         name="hsa", verb="reuse", stage=Stage.DIFFUSION,
         summary="gives each token of a latent its own number of denoising steps",
         source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
-        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS,),
+        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS, TOKENS),
     )  # fmt: skip
 
     @property
@@ -85,7 +85,7 @@ class HSA(Method):
                 touches.append(Touch(f"{name}.{block}", "computes the rows whose turn it is"))
                 touches += [
                     Touch(f"{name}.{block}.{attention}", "attends to the keys and values of all rows")
-                    for attention in layout.attention
+                    for attention in layout.keeping
                     if getattr(module, attention, None) is not None
                 ]
         return touches

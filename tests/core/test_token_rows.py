@@ -171,7 +171,7 @@ def test_rows_over_stored_keys_are_those_of_the_whole(family):
     names = [
         f"{name}.{kind}"
         for name, block in blocks.items()
-        for kind in site.layout.attention
+        for kind in site.layout.keeping
         if getattr(block, kind, None) is not None
     ]
     kept = {name: KeysValues() for name in names}
