@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mmaccel.diffusion.diffusers_caches import TOKENS, holding
-from mmaccel.errors import AdapterError, ConflictError, MethodError, NotApplicableError
+from mmaccel.errors import AdapterError, ConflictError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ class ToMeSD(Method):
     ratio 0 is the identity.
     """
 
-    ratio: float = knob(0.5, "fraction of the tokens that merge into others", low=0.0, high=0.99)
-    cell: int = knob(2, "side of the squares of tokens that have one destination each", low=1)
+    ratio: float = knob(
+        0.5, "fraction of the tokens that merge into others; all but one of a cell at most", low=0.0, high=1.0
+    )
+    cell: int = knob(2, "side of the squares of tokens that have one destination each", low=2)
     within: Literal["clip", "frame"] = knob(
         "clip", "where a token looks for the one that it goes into", choices=("clip", "frame")
     )
@@ -55,15 +57,6 @@ class ToMeSD(Method):
     def neutral(self) -> bool:
         """Nothing merges."""
         return self.ratio == 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        most = 1 - 1 / self.cell**2
-        if self.ratio > most:
-            raise MethodError(
-                f"tomesd: ratio={self.ratio:g} is more than cells of {self.cell} x {self.cell} tokens let merge, "
-                f"{most:.3g} at most; make the cell larger."
-            )
 
     def plan(self, target: Target) -> list[Touch]:
         """Blocks, self-attentions and feed-forward modules.
@@ -101,6 +94,11 @@ class ToMeSD(Method):
         from mmaccel.core.block_merging import BlockMerging
 
         site, report = installer.target.site, installer.report
+        most = 1 - 1 / self.cell**2
+        if self.ratio > most:
+            report.note(
+                f"tomesd: ratio={self.ratio:g} is cut to {most:.3g}, as cells of {self.cell} x {self.cell} keep one token"
+            )
         inside = site.layout.attention + site.layout.feed_forward
         for transformer in site.transformers.values():
             for block in site.blocks(transformer).values():

@@ -9,7 +9,7 @@ import torch
 
 import mmaccel
 from mmaccel.adapters.diffusion import Diffusion
-from mmaccel.errors import ConflictError, MethodError, NotApplicableError
+from mmaccel.errors import ConflictError, NotApplicableError
 from tests.core.test_token_rows import FAMILIES as TRANSFORMERS
 from tests.core.test_token_rows import ltx2
 from tests.diffusion.families import FAMILIES, LARGE, NUCLEUS
@@ -278,10 +278,18 @@ def test_offload_and_misuse():
         assert torch.equal(family.call(pipe), expected)
         with pytest.raises(ConflictError, match="tomesd"):
             mmaccel.accelerate(pipe, "hsa:runtime=0.5")
-    with pytest.raises(MethodError, match=r"2 x 2 tokens let merge, 0\.75 at most; make the cell larger"):
-        mmaccel.ToMeSD(ratio=0.8)
-    assert mmaccel.ToMeSD(ratio=0.8, cell=3).spec == "tomesd:ratio=0.8;cell=3"
     with pytest.raises(NotApplicableError, match="has 3 blocks"):
         mmaccel.accelerate(pipe, "tomesd:first=3")
     with pytest.raises(NotApplicableError, match="no token layout"):
         mmaccel.accelerate(NUCLEUS.build(), "tomesd")
+
+
+def test_a_cell_keeps_one_token_whatever_the_ratio():
+    family = FAMILIES["dit"]
+    pipe = family.build()
+    with mmaccel.accelerate(pipe, mmaccel.ToMeSD(ratio=0.75)):
+        most = family.call(pipe, steps=2)
+    with mmaccel.accelerate(pipe, mmaccel.ToMeSD(ratio=1.0)) as handle:
+        assert torch.equal(family.call(pipe, steps=2), most)
+    assert any("cut to 0.75" in line for line in handle.report().lines())
+    assert handle.report().as_dict()["tokens"][0]["kept"] == 0.25
