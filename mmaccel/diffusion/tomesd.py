@@ -97,7 +97,7 @@ class ToMeSD(Method):
         most = 1 - 1 / self.cell**2
         if self.ratio > most:
             report.note(
-                f"tomesd: ratio={self.ratio:g} is cut to {most:.3g}, as cells of {self.cell} x {self.cell} keep one token"
+                f"tomesd: ratio={self.ratio:g} is cut to {most:.3g}, as {self.cell} x {self.cell} cells keep one token"
             )
         inside = site.layout.attention + site.layout.feed_forward
         for transformer in site.transformers.values():
