@@ -36,10 +36,10 @@ class Layout:
     the prompt's tokens stand among the tokens of these, if they are there. rotary: names that a block's argument
     with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
     neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
-    hold one time embedding a token; masks: those that mask its self-attention. skipped: an attention's argument that
-    says that it does not attend. companion: whether another stream runs along, which needs every step. output: which
-    of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see the
-    prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
+    hold one time embedding a token; apart: those that treat some tokens unlike others. skipped: an attention's argument
+    that says that it does not attend. companion: whether another stream runs along, which needs every step. output:
+    which of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see
+    the prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
     compute its branches by a call each or by one batch; prompt_first: the one with the prompt, or class, then leads.
     """
 
@@ -52,7 +52,7 @@ class Layout:
     rotary_dim: int = 1
     rotary_text: bool = False
     times: tuple[str, ...] = ()
-    masks: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     skipped: str = ""
     companion: bool = False
     output: int | None = None
@@ -81,12 +81,13 @@ _LAYOUTS = {
     # what its layers make of the prompt may depend on the time
     "LTX2VideoTransformer3DModel": Layout(
         readers=("video_to_audio_attn",), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
-        times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), masks=("self_attention_mask",),
+        times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), apart=("self_attention_mask",),
         skipped="all_perturbed", companion=True, output=0, packed=True,
     ),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
-        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0, guidance="calls",
+        apart=("token_replace_emb",), rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0,
+        guidance="calls",
     ),
     "CogVideoXTransformer3DModel": Layout(
         text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0, frames_first=True,

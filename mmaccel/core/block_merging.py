@@ -80,8 +80,14 @@ class BlockMerging:
         @torch.no_grad()
         def match(_block: Any, args: Any, kwargs: Any) -> None:
             given = signature.bind(block, *args, **kwargs).arguments
-            if not self._grid or any(given.get(name) is not None for name in self.layout.masks):
+            if not self._grid:
                 return
+            for name in self.layout.apart:
+                if given.get(name) is not None:
+                    self.report.note(
+                        f"{self.name}: blocks treat some tokens unlike others ({name}); nothing merged there"
+                    )
+                    return
             if self._last is None or self._age >= self.every:
                 self._last, self._age = self.match(given["hidden_states"].detach(), self._grid), 0
             self._age += 1

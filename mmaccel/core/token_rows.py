@@ -94,11 +94,12 @@ class TokenRows:
                 return None
             bound = signature.bind(block, *args, **kwargs)
             given = bound.arguments
-            if any(given.get(name) is not None for name in self.layout.masks):
-                raise NotApplicableError(
-                    "this call masks the attention among the latent's tokens, which cannot be done for some of them; "
-                    "remove the method for it."
-                )
+            for name in self.layout.apart:
+                if given.get(name) is not None:
+                    raise NotApplicableError(
+                        f"the blocks of this call treat some tokens unlike others ({name}), which cannot be done for "
+                        "a part of them; remove the method for such calls."
+                    )
             if first:
                 given["hidden_states"] = _take(given["hidden_states"], self.rows, 1)
             for name in self.layout.rotary:

@@ -29,8 +29,8 @@ class ToMeSD(Method):
     latents and not at each step, so that calls can be repeated. `within=frame` looks for partners in a token's own
     frame only, which makes matching cheaper by the number of frames. `every` uses a match for several blocks
     (suggested by FastVGGT, "Training-Free Acceleration of Visual Geometry Transformer", 2025, whose matches are
-    computed anew in each). Where merging does not fit a call (LTX-2 with masked self-attention) nothing is merged.
-    ratio 0 is the identity.
+    computed anew in each). Where blocks treat some tokens unlike others (LTX-2 with masked self-attention) nothing is
+    merged, and the report says so. ratio 0 is the identity.
     """
 
     ratio: float = knob(

@@ -13,6 +13,7 @@ import diffusers
 import PIL.Image
 import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mmaccel.tiny.families.weights import randomise
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
@@ -89,6 +90,20 @@ def ltx() -> Any:
     )
 
 
+def ltx_image() -> Any:
+    """Image to video: the first frame is the image's, with timestep 0 for its tokens."""
+    pipe = ltx()
+    scheduler, transformer = pipe.scheduler, pipe.transformer
+    image = library.LTXImageToVideoPipeline(scheduler, None, None, None, transformer=transformer)
+    image.set_progress_bar_config(disable=True)
+    return image
+
+
+def ltx_image_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    rows = 3 * (3 + size) * 3
+    return {**ltx_arguments(items, guided, size), "latents": torch.stack([normal(rows, 4, seed=n) for n in items])}
+
+
 def ltx_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
     n = len(items)
     return {
@@ -123,11 +138,11 @@ def flux_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str,
     }  # fmt: skip
 
 
-def hunyuan() -> Any:
+def hunyuan(**more: Any) -> Any:
     transformer = library.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_single_layers=2,
         num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=8,
-        pooled_projection_dim=8, rope_axes_dim=(4, 4, 4),
+        pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), **more,
     )  # fmt: skip
     scheduler = library.FlowMatchEulerDiscreteScheduler(shift=7.0)
     return finished(library.HunyuanVideoPipeline(None, None, transformer, None, scheduler, None, None))
@@ -218,16 +233,28 @@ def dit_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, 
     return {"class_labels": list(items), "guidance_scale": 3.0 if guided else 1.0, "output_type": "pt"}
 
 
-def wan_image(*, expand: bool = False) -> Any:
-    """Image to video: the image beside the latents, or (`expand`) in their first frame, with a timestep a token."""
-    base = tiny_wan_pipeline()
+def wan_image(*, expand: bool = False, embedded: bool = False) -> Any:
+    """Image to video: the image beside the latents, or (`expand`) in their first frame, with a timestep a token.
+
+    embedded: what an image encoder makes of it stands in front of the prompt too, as in Wan 2.1.
+    """
+    base, parts, seen = tiny_wan_pipeline(), {}, {}
+    if embedded:
+        config = CLIPVisionConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+        )
+        processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+        parts = {"image_encoder": CLIPVisionModel(config).eval(), "image_processor": processor}
+        randomise(parts["image_encoder"], seed=8)
+        seen = {"image_dim": 8, "added_kv_proj_dim": 48}
     transformer = library.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=96, num_layers=3,
-        rope_max_seq_len=64, in_channels=16 if expand else 36, out_channels=16,
+        rope_max_seq_len=64, in_channels=16 if expand else 36, out_channels=16, **seen,
     )  # fmt: skip
     pipe = library.WanImageToVideoPipeline(
-        base.tokenizer, base.text_encoder, base.vae, base.scheduler, transformer=transformer, expand_timesteps=expand
-    )
+        base.tokenizer, base.text_encoder, base.vae, base.scheduler, transformer=transformer, expand_timesteps=expand,
+        **parts,
+    )  # fmt: skip
     return finished(pipe)
 
 
@@ -241,6 +268,14 @@ def wan_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, 
 
 def wan_image_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
     return {**wan_arguments(items, guided, size), "image": PIL.Image.new("RGB", (48, 32), (200, 30, 90))}
+
+
+def wan_embedded_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[str, Any]:
+    """The blocks count on 512 embeddings of the prompt."""
+    given = wan_image_arguments(items, guided, size)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        given[name] = torch.nn.functional.pad(given[name], (0, 0, 0, 505))
+    return given
 
 
 def wan_two_experts() -> Any:
@@ -326,6 +361,7 @@ def nucleus_arguments(items: tuple[int, ...], guided: bool, size: int) -> dict[s
 NUCLEUS = Family(nucleus, nucleus_arguments, (1, 16, 16), 16)
 FAMILIES = {
     "ltx": Family(ltx, ltx_arguments, (1, 27, 4), 27),
+    "ltx_image": Family(ltx_image, ltx_image_arguments, (1, 27, 4), 27),
     "flux": Family(flux, flux_arguments, (1, 16, 4), 16),
     "ltx2": Family(ltx2, ltx2_arguments, (1, 27, 4), 27),
     "hunyuan": Family(hunyuan, hunyuan_arguments, (1, 4, 3, 4, 6), 18),
@@ -335,5 +371,6 @@ FAMILIES = {
     "dit": Family(dit, dit_arguments, (1, 4, 8, 8), 16, callback=False),
     "wan_image": Family(wan_image, wan_image_arguments, (1, 16, 3, 4, 6), 18),
     "wan_token_times": Family(lambda: wan_image(expand=True), wan_image_arguments, (1, 16, 3, 4, 6), 18),
+    "wan_embedded": Family(lambda: wan_image(embedded=True), wan_embedded_arguments, (1, 16, 3, 4, 6), 18),
     "wan_two_experts": Family(wan_two_experts, wan_arguments, (1, 16, 3, 4, 6), 18),
 }

@@ -11,7 +11,7 @@ import torch
 import mmaccel
 from mmaccel.core.row_attention import KeysValues
 from mmaccel.errors import MethodError, NonFiniteError, NotApplicableError
-from tests.diffusion.families import FAMILIES, LARGE, Family, cogvideox, dit, library, pixart
+from tests.diffusion.families import FAMILIES, LARGE, Family, cogvideox, dit, hunyuan, library, pixart
 
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 # with the first two steps whole and two experts, 0.5 needs a few more steps than 10
@@ -250,3 +250,16 @@ def test_sound_is_computed_at_every_step():
         FAMILIES["ltx2"].call(pipe, steps=STEPS)
     assert len(seen) == len(calls) == 3 * STEPS
     assert len(set(seen)) == 1
+
+
+def test_blocks_that_treat_the_first_frame_unlike_the_others():
+    """HunyuanVideo from an image: its blocks take the first rows for the image's, which rows chosen are not."""
+    family, pipe = FAMILIES["hunyuan"], hunyuan(image_condition_type="token_replace")
+    dense = family.call(pipe, steps=STEPS)
+    with mmaccel.accelerate(pipe, "hsa:runtime=1.0"):
+        assert torch.equal(family.call(pipe, steps=STEPS), dense)
+    with mmaccel.accelerate(pipe, "hsa:runtime=0.5"), pytest.raises(NotApplicableError, match="token_replace_emb"):
+        family.call(pipe, steps=STEPS)
+    with mmaccel.accelerate(pipe, "tomesd") as handle:
+        assert torch.equal(family.call(pipe, steps=STEPS), dense)
+    assert any("token_replace_emb" in line for line in handle.report().lines())

@@ -267,6 +267,7 @@ def test_calls_with_masked_self_attention_run_whole():
         found = model(**given, video_self_attention_mask=mask, return_dict=False)
     assert torch.equal(found[0], dense[0])
     assert ("tomesd", "self-attention") not in handle.report().tokens
+    assert any("self_attention_mask" in line for line in handle.report().lines())
 
 
 def test_offload_and_misuse():
