@@ -42,7 +42,7 @@ class Family:
     """A pipeline: how to build it, and its arguments for prompts of these numbers, guided or not, small or large.
 
     latents: shape of those of one small item. tokens: how many that are, inside. text: rows of the prompt that the
-    feed-forward module of the first block sees too. callback: whether it takes `callback_on_step_end`.
+    feed-forward module of the first block sees too.
     """
 
     build: Callable[[], Any]
@@ -50,7 +50,6 @@ class Family:
     latents: tuple[int, ...]
     tokens: int
     text: int = 0
-    callback: bool = True
 
     def call(
         self, pipe: Any, *, seed: int = 0, steps: int = 10, items: tuple[int, ...] = (0,), guided: bool = True,
@@ -367,8 +366,8 @@ FAMILIES = {
     "hunyuan": Family(hunyuan, hunyuan_arguments, (1, 4, 3, 4, 6), 18),
     "cogvideox": Family(cogvideox, cogvideox_arguments, (1, 3, 4, 4, 6), 18, text=5),
     "sd3": Family(sd3, sd3_arguments, (1, 4, 8, 8), 16),
-    "pixart": Family(pixart, pixart_arguments, (1, 4, 8, 8), 16, callback=False),
-    "dit": Family(dit, dit_arguments, (1, 4, 8, 8), 16, callback=False),
+    "pixart": Family(pixart, pixart_arguments, (1, 4, 8, 8), 16),
+    "dit": Family(dit, dit_arguments, (1, 4, 8, 8), 16),
     "wan_image": Family(wan_image, wan_image_arguments, (1, 16, 3, 4, 6), 18),
     "wan_token_times": Family(lambda: wan_image(expand=True), wan_image_arguments, (1, 16, 3, 4, 6), 18),
     "wan_embedded": Family(lambda: wan_image(embedded=True), wan_embedded_arguments, (1, 16, 3, 4, 6), 18),

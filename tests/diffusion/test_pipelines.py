@@ -14,7 +14,7 @@ from mmaccel.errors import MethodError, NonFiniteError, NotApplicableError
 from tests.diffusion.families import FAMILIES, LARGE, Family, cogvideox, dit, hunyuan, library, pixart
 
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-# with the first two steps whole and two experts, 0.5 needs a few more steps than 10
+# the first two steps are whole, and so is the first one of a second expert
 STEPS = 12
 
 
@@ -44,7 +44,7 @@ def test_runtime_one_is_the_identity(family: Family):
     pipe, twin = family.build(), family.build()
     with mmaccel.accelerate(pipe, "hsa:runtime=1.0") as handle:
         for guided in (True, False):
-            assert torch.equal(family.call(pipe, guided=guided), family.call(twin, guided=guided))
+            assert torch.equal(family.call(pipe, steps=4, guided=guided), family.call(twin, steps=4, guided=guided))
     assert handle.report().as_dict()["tokens"][0]["kept"] == 1.0
 
 
@@ -74,7 +74,7 @@ def test_calls_are_independent_whatever_changes_between_them(family: Family):
     pipe = family.build()
     with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
         first = family.call(pipe, steps=STEPS)
-        family.call(pipe, steps=16, items=(1,))
+        family.call(pipe, steps=13, items=(1,))
         family.call(pipe, steps=STEPS, size=LARGE)
         unguided = family.call(pipe, steps=STEPS, guided=False)
         assert torch.equal(family.call(pipe, steps=STEPS), first)
@@ -83,9 +83,11 @@ def test_calls_are_independent_whatever_changes_between_them(family: Family):
         assert torch.equal(family.call(pipe, steps=STEPS), first)
 
 
-@every
-@pytest.mark.parametrize("guided", [True, False])
-def test_a_batch_equals_single_items(family: Family, guided):
+@pytest.mark.parametrize(
+    ("name", "guided"), [(name, True) for name in FAMILIES] + [(name, False) for name in ("ltx", "flux", "dit", "ltx2")]
+)
+def test_a_batch_equals_single_items(name, guided):
+    family = FAMILIES[name]
     pipe = family.build()
     with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
         both = family.call(pipe, steps=STEPS, items=(0, 1), guided=guided)
@@ -99,8 +101,8 @@ def test_a_batch_equals_single_items(family: Family, guided):
 @every
 def test_undo_is_exact_and_pipelines_are_independent(family: Family):
     pipe, twin = family.build(), family.build()
-    family.call(pipe)  # the first call leaves a registry of diffusers' own
-    family.call(twin)
+    family.call(pipe, steps=2)  # the first call leaves a registry of diffusers' own
+    family.call(twin, steps=2)
     before = traces(twin)
     with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
         family.call(pipe, steps=STEPS)
@@ -109,12 +111,12 @@ def test_undo_is_exact_and_pipelines_are_independent(family: Family):
     assert torch.equal(family.call(pipe, steps=STEPS, seed=1), expected)
 
 
-@every
-@pytest.mark.parametrize("memory", ["half", "fp8"])
-def test_half_of_the_layers_may_keep_keys_and_values(family: Family, memory):
+@pytest.mark.parametrize("name", ["hunyuan", "flux", "cogvideox", "sd3", "wan_image", "ltx2"])
+def test_half_of_the_layers_may_keep_keys_and_values(name):
     """In the others computed rows see each other only, with masks and tables to match."""
+    family = FAMILIES[name]
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, layers=0.5, memory=memory)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, layers=0.5, memory="fp8")):
         first = family.call(pipe, steps=STEPS)
         assert torch.isfinite(first).all()
         both = family.call(pipe, steps=STEPS, items=(0, 1))
@@ -131,7 +133,7 @@ def test_models_that_wait_on_another_device(name):
         assert torch.equal(family.call(pipe, steps=STEPS), expected)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.callback])
+@pytest.mark.parametrize("name", ["ltx2", "flux", "cogvideox", "sd3", "wan_two_experts", "wan_token_times"])
 def test_a_callback_that_raises_or_interrupts_leaves_the_pipeline_usable(name):
     family = FAMILIES[name]
     pipe = family.build()
@@ -167,10 +169,8 @@ def test_latents_that_are_not_numbers_are_refused(name):
 @every
 def test_few_steps_do_not_pay_and_the_message_says_so(family: Family):
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.4)):
-        with pytest.raises(MethodError, match="does not pay"):
-            family.call(pipe, steps=4)
-        assert torch.isfinite(family.call(pipe, steps=STEPS)).all()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.4)), pytest.raises(MethodError, match="does not pay"):
+        family.call(pipe, steps=4)
 
 
 @pytest.mark.parametrize("build", [

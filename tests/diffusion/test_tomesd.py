@@ -15,7 +15,8 @@ from tests.core.test_token_rows import ltx2
 from tests.diffusion.families import FAMILIES, LARGE, NUCLEUS
 from tests.diffusion.test_caches_on_families import traces
 
-every = pytest.mark.parametrize("name", FAMILIES)
+# those left out differ in their pipeline only
+every = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("ltx_image", "wan_embedded")])
 TEXT = 5
 # frames, height, width of the tokens in TRANSFORMERS
 GRIDS = {
@@ -157,29 +158,29 @@ def test_loops_over_tokens_give_the_same(name, knobs):
 @every
 def test_ratio_zero_and_less_than_a_token_are_the_identity(name):
     family = FAMILIES[name]
-    pipe, dense = family.build(), family.call(family.build(), steps=4)
+    pipe, dense = family.build(), family.call(family.build(), steps=2)
     for ratio in (0.0, 0.03):
         with mmaccel.accelerate(pipe, mmaccel.ToMeSD(ratio=ratio)):
-            assert torch.equal(family.call(pipe, steps=4), dense)
+            assert torch.equal(family.call(pipe, steps=2), dense)
 
 
 @every
 def test_distance_grows_with_the_ratio_and_calls_are_independent(name):
     family = FAMILIES[name]
     pipe, twin = family.build(), family.build()
-    dense, far = family.call(twin, steps=4), []
+    dense, far = family.call(twin, steps=2), []
     for ratio in (0.1, 0.6):
         with mmaccel.accelerate(pipe, mmaccel.ToMeSD(ratio=ratio, proportional=True)) as handle:
-            first = family.call(pipe, steps=4)
-            family.call(pipe, steps=3, size=LARGE, guided=False)
-            both = family.call(pipe, steps=4, items=(0, 1))
-            assert torch.equal(family.call(pipe, steps=4), first)
+            first = family.call(pipe, steps=2)
+            family.call(pipe, steps=2, size=LARGE, guided=False)
+            both = family.call(pipe, steps=2, items=(0, 1))
+            assert torch.equal(family.call(pipe, steps=2), first)
             assert torch.allclose(both[:1], first, atol=1e-4)
         far.append(float((first - dense).norm() / dense.norm()))
         assert handle.report().as_dict()["tokens"][0]["kept"] == pytest.approx(1 - ratio, abs=0.07)
     assert 0 < far[0] < far[1]
     assert traces(pipe) == traces(twin)
-    assert torch.equal(family.call(pipe, steps=4), dense)
+    assert torch.equal(family.call(pipe, steps=2), dense)
 
 
 @pytest.mark.parametrize(
@@ -228,31 +229,31 @@ CACHES = [
 
 @pytest.mark.parametrize("other", CACHES, ids=lambda method: method.info.name)
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["flux", "pixart", "wan_image"])
+@pytest.mark.parametrize("name", ["flux", "pixart"])
 def test_with_a_cache_on_the_steps_and_undo_in_any_order(name, first, other):
     """A cache that holds outputs of modules must hold whole ones, and so come second."""
     family = FAMILIES[name]
     pipe, twin = family.build(), family.build()
-    dense = family.call(twin)
+    dense = family.call(twin, steps=5)
     with mmaccel.accelerate(twin, "tomesd"):
-        merged = family.call(twin)
+        merged = family.call(twin, steps=5)
     with mmaccel.accelerate(twin, other):
-        cached = family.call(twin)
+        cached = family.call(twin, steps=5)
         if other.info.name != "first-block-cache":
             with pytest.raises(ConflictError, match="put tomesd on first"):
                 mmaccel.accelerate(twin, "tomesd")
-            assert torch.equal(family.call(twin), cached)
+            assert torch.equal(family.call(twin, steps=5), cached)
     one = mmaccel.accelerate(pipe, "tomesd")
     two = mmaccel.accelerate(pipe, other)
-    both = family.call(pipe)
+    both = family.call(pipe, steps=5)
     assert torch.isfinite(both).all()
     assert not torch.equal(both, merged)
     assert not torch.equal(both, cached)
-    assert torch.equal(family.call(pipe), both)
+    assert torch.equal(family.call(pipe, steps=5), both)
     (one if first else two).remove()
-    assert torch.equal(family.call(pipe), cached if first else merged)
+    assert torch.equal(family.call(pipe, steps=5), cached if first else merged)
     (two if first else one).remove()
-    assert torch.equal(family.call(pipe), dense)
+    assert torch.equal(family.call(pipe, steps=5), dense)
     assert traces(pipe) == traces(twin)
 
 
