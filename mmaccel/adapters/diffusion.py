@@ -205,3 +205,8 @@ class Diffusion:
             if second is not None:
                 return second
         return getattr(pipeline, "_guidance_scale", None)
+
+    def branches(self) -> int:
+        """How often the running call gives each step to the transformer, as far as the pipeline says."""
+        separate = self.layout.guidance == "calls" and getattr(self.pipeline, "do_classifier_free_guidance", False)
+        return 2 if separate else 1
