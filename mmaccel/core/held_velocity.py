@@ -47,8 +47,12 @@ class Storage:
 
 @dataclass
 class _Branch:
-    """What a branch of guidance holds: its last velocity, how fast it changes, since when; `prompt` names a text."""
+    """What a branch of guidance holds: its last velocity, how fast it changes, since when.
 
+    step: when it was called last; a branch may pause.
+    """
+
+    step: int = -1
     last: Tensor | None = None
     slope: Tensor | None = None
     since: Tensor | None = None
@@ -64,7 +68,6 @@ class _Run:
     transformer: Any = None
     whole: int = -1
     branches: dict[int, _Branch] = field(default_factory=dict)
-    parts: int = 1
     checked: int = 0
     order: Tensor | None = None
 
@@ -125,7 +128,7 @@ class HeldVelocity:
                 with rows:
                     return self._step(lambda: call(*args, **kwargs), given, run, branch, at, rows)
             finally:
-                if at.step + 1 >= at.total and at.branch + 1 >= len(run.branches):
+                if at.step + 1 >= at.total and all(other.step != at.step - 1 for other in run.branches.values()):
                     self._run = None  # nothing is held from one call of the pipeline to the next
                 self._text = None
 
@@ -172,6 +175,11 @@ class HeldVelocity:
     ) -> Any:
         rows.tokens = run.active.shape[1]
         chosen = self._rows(run, at.step)
+        if branch.last is None or branch.step != at.step - 1:
+            chosen = None
+        elif chosen is not None and not len(chosen) and self.site.layout.companion:
+            chosen = chosen.new_zeros(1)
+        branch.step = at.step
         self.report.count(self.name, "transformer", rows.tokens, rows.tokens if chosen is None else len(chosen))
         if chosen is None:
             self._keep_or_free(run, branch, at, given)
@@ -185,7 +193,7 @@ class HeldVelocity:
         if run.order is None:
             run.order = self._order(run, given)
         rows.kept = branch.kept
-        rows.rows = _places(run.order, chosen, given.latents, run.parts)
+        rows.rows = _places(run.order, chosen, given.latents)
         velocity, rebuild = _velocity(call())
         return rebuild(self._merge(branch, velocity, given.mask(rows.rows, velocity), given.now))
 
@@ -220,13 +228,10 @@ class HeldVelocity:
 
     def _order(self, run: _Run, given: LatentInput) -> Tensor:
         """The tokens, those in need first: int64 [B or 1, N]."""
-        run.parts = self.site.parts(given.latents)
         score = self._need(run, given)
         time = given.time
         if time.ndim == 2 and time.shape[1] == score.shape[1]:
             score = score.masked_fill(time[: score.shape[0]] == 0, -1.0)
-        if self.site.layout.one_choice:
-            score = score.mean(0, keepdim=True)
         return score.sort(dim=1, descending=True, stable=True).indices
 
     def _need(self, run: _Run, given: LatentInput) -> Tensor:
@@ -234,16 +239,20 @@ class HeldVelocity:
 
         Before a second velocity is known, its size stands for its change: what is large has more to change.
         """
-        held = [run.branches[index] for index in sorted(run.branches)]
+        held = [run.branches[index] for index in sorted(run.branches) if run.branches[index].last is not None]
+        held = [branch for branch in held if _items(branch) == _items(held[0])]
         scale = self.site.guidance(given.transformer)
         values = []
+        changing = all(branch.slope is not None for branch in held)
         for branch in held:
-            value = branch.last if branch.slope is None else branch.slope
+            value = branch.slope if changing else branch.last
             assert value is not None
             values.append(given.tokens(value))
         if len(values) == 2 and scale is not None:
             values = [values[1] + scale * (values[0] - values[1])]
-        score = torch.cat([torch.cat(value.chunk(run.parts), -1) for value in values], -1).norm(dim=-1)
+        score = torch.cat([torch.cat(value.chunk(self.site.parts(given.latents)), -1) for value in values], -1).norm(
+            dim=-1
+        )
         if not torch.isfinite(score).all():
             raise NonFiniteError(
                 "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
@@ -251,36 +260,35 @@ class HeldVelocity:
         return score
 
     def _allocate(self, run: _Run, branch: _Branch, at: Call, given: LatentInput) -> None:
-        attentions = [
-            f"{name}.{attribute}"
+        attentions = {
+            f"{name}.{attribute}": self.site.width(given.transformer, getattr(block, attribute))
             for name, block in self.site.blocks(given.transformer).items()
-            for attribute in self.site.layout.attention
+            for attribute in self.site.layout.keeping
             if getattr(block, attribute, None) is not None
-        ]
+        }
         dtype = given.latents.dtype
         if at.branch >= run.checked:
             expected = max(self.site.branches() if at.branch == 0 else 1, len(run.branches) - run.checked)
-            self._check_memory(len(attentions), expected, given)
+            self._check_memory(attentions, expected, given)
             run.checked += expected
         target = self.storage.dtype(dtype)
         device = "cpu" if self.storage.offload else None
         branch.kept = {
-            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen(attentions)
+            name: KeysValues(target if target != dtype else None, device)
+            for name in self.storage.chosen(list(attentions))
         }
 
-    def _check_memory(self, layers: int, branches: int, given: LatentInput) -> None:
-        latents, config, dtype = given.latents, given.transformer.config, given.latents.dtype
+    def _check_memory(self, widths: dict[str, int], branches: int, given: LatentInput) -> None:
+        latents, dtype = given.latents, given.latents.dtype
         tokens = given.count * latents.shape[0] * branches
-        numbers = 2 * layers * tokens * config.num_attention_heads * config.attention_head_dim
         device = torch.device("cpu") if self.storage.offload else latents.device
         free = free_memory(device)
 
         def size(storage: Storage) -> int:
-            share = len(storage.chosen(list(map(str, range(layers))))) / layers
-            return int(numbers * share * storage.dtype(dtype).itemsize)
+            return 2 * tokens * storage.dtype(dtype).itemsize * sum(widths[name] for name in storage.chosen([*widths]))
 
         wanted = size(self.storage)
-        text = f"{wanted / 1e9:.3g} GB for keys and values of {layers} attentions on {device}"
+        text = f"{wanted / 1e9:.3g} GB for keys and values of {len(widths)} attentions on {device}"
         self.report.events["memory of keys and values"] = text
         if text != self._told:
             # a warning is what Python prints where nobody has set logging up
@@ -302,9 +310,13 @@ class HeldVelocity:
         )
 
 
-def _places(order: Tensor, chosen: Tensor, latents: Tensor, parts: int) -> Tensor:
+def _places(order: Tensor, chosen: Tensor, latents: Tensor) -> Tensor:
     rows = order.index_select(1, chosen.to(order.device)).sort(1).values
-    return rows if rows.shape[0] in (1, latents.shape[0]) else rows.repeat(parts, 1)
+    return rows if rows.shape[0] == 1 else rows.repeat(latents.shape[0] // rows.shape[0], 1)
+
+
+def _items(branch: _Branch) -> int:
+    return 0 if branch.last is None else branch.last.shape[0]
 
 
 def _gap(times: Any) -> Any:
@@ -314,7 +326,7 @@ def _gap(times: Any) -> Any:
 def _velocity(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, tuple):
         return output[0], lambda value: (value, *output[1:])
-    return output.sample, lambda value: type(output)(sample=value)
+    return output.sample, lambda value: type(output)(**{**output, "sample": value})
 
 
 def _inside(block: Any, path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS
+from mmaccel.diffusion.diffusers_caches import STEPS, TOKENS
 from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
@@ -49,7 +49,7 @@ class HSA(Method):
         name="hsa", verb="reuse", stage=Stage.DIFFUSION,
         summary="gives each token of a latent its own number of denoising steps",
         source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
-        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS,),
+        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS, TOKENS),
     )  # fmt: skip
 
     @property
@@ -88,7 +88,7 @@ class HSA(Method):
                 touches.append(Touch(f"{name}.{block}", "computes the rows whose turn it is"))
                 touches += [
                     Touch(f"{name}.{block}.{attention}", "attends to the keys and values of all rows")
-                    for attention in layout.attention
+                    for attention in layout.keeping
                     if getattr(module, attention, None) is not None
                 ]
         return touches
@@ -111,6 +111,13 @@ class HSA(Method):
                 staggered=self.staggered,
             )
 
+        scheduler = installer.target.site.scheduler
+        predicted = scheduler.config.get("prediction_type", "flow_prediction")
+        if predicted != "flow_prediction":
+            installer.report.note(
+                f"hsa: this {type(scheduler).__name__} takes a prediction of type {predicted}; it is held in place of "
+                "the velocity of flow matching, for which the method was published"
+            )
         storage = Storage(self.memory, self.layers, self.offload)
         HeldVelocity(installer.target.site, installer.report, self.info.name, plan, self.order, storage).install(
             installer.patcher

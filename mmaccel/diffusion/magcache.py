@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, known_blocks
 from mmaccel.diffusion.diffusers_caches import count_steps as count
 from mmaccel.errors import NotApplicableError
 from mmaccel.method import Info, Stage, knob
@@ -61,7 +61,13 @@ class MagCache(DiffusersCache):
 
     def sites(self, transformer: Any) -> list[str]:
         """All blocks."""
-        return list(blocks(transformer))
+        return known_blocks(self.info.name, transformer)
+
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.mag_cache import apply_mag_cache
+
+        return apply_mag_cache
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """With ratios, or measuring them."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, one_batch
 from mmaccel.method import Info, Stage, knob
+
+if TYPE_CHECKING:
+    from mmaccel.install import Installer
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class PAB(DiffusersCache):
             and any(part in name for part in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS)
         ]
 
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.pyramid_attention_broadcast import apply_pyramid_attention_broadcast
+
+        return apply_pyramid_attention_broadcast
+
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The same range for all attentions."""
         from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
@@ -60,3 +69,8 @@ class PAB(DiffusersCache):
             temporal_attention_timestep_skip_range=inside, cross_attention_timestep_skip_range=inside,
             current_timestep_callback=callback,
         )  # fmt: skip
+
+    def watch(self, installer: Installer, installed: Installed, config: Any) -> None:
+        """One output a module fits calls of one batch only."""
+        super().watch(installer, installed, config)
+        one_batch(installer, installed, self.info.name)
