@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
+__all__ = ["MagCache", "measured_ratios"]
+
 # diffusers prints the ratios and clears its state when it has counted so many steps; we measure and clear ourselves
 _NEVER = 1 << 62
 
@@ -107,3 +109,15 @@ class MagCache(DiffusersCache):
         own = len(config.source) if steps is None else steps
         config.calibrate, config.num_inference_steps, config.steps = False, own, steps
         config.mag_ratios = nearest_interp(torch.tensor(config.source, dtype=torch.float32), own)
+
+
+def measured_ratios(transformer: Any) -> tuple[float, ...]:
+    """The ratios that a MagCache without `ratios` has measured on `transformer` in its last whole call, one a step.
+
+    Raises:
+        NotApplicableError: none is on it, or it has not measured yet.
+    """
+    measured = getattr(getattr(transformer, "_cache_config", None), "measured", None)
+    if not measured:
+        raise NotApplicableError("magcache has measured no ratios on this transformer; call the pipeline first.")
+    return tuple(float(ratio) for ratio in measured)
