@@ -15,7 +15,7 @@ from mmaccel.measure.search_space import Ladder, first_fitting, ladders
 from mmaccel.measure.trials import Trial, Trials
 from mmaccel.method import Method, find, parse, registry
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "checked_runtime", "wanted_methods"]
 
 _FEWEST_STEPS = 5
 
@@ -59,8 +59,8 @@ def calibrate(
         AdapterError: no pipeline. ConflictError: a method or a cache of diffusers is on it already.
         NonFiniteError: the dense result is not finite.
     """
-    runtime = _runtime(runtime)
-    wanted = _wanted(methods)
+    runtime = checked_runtime(runtime)
+    wanted = wanted_methods(methods)
     trials = Trials(pipe, prompts, steps, seed, call_arguments)
     if steps is not None:
         _refuse_few(steps)
@@ -79,7 +79,12 @@ def calibrate(
     return Calibration(best.method, runtime, tuple(sorted(candidates, key=_rank)), unreached, subject)
 
 
-def _runtime(runtime: Any) -> float:
+def checked_runtime(runtime: Any) -> float:
+    """A runtime as a float.
+
+    Raises:
+        MethodError: it is outside (0, 1].
+    """
     if isinstance(runtime, bool) or not isinstance(runtime, (int, float)) or not 0 < runtime <= 1:
         raise MethodError(f"runtime={runtime!r} is outside (0, 1]; give a fraction of the dense time, such as 0.5.")
     return float(runtime)
@@ -98,7 +103,12 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, MMAccelError) else f"{type(error).__name__}: {text}"
 
 
-def _wanted(methods: Iterable[str | type[Method] | Method] | None) -> list[type[Method] | Method]:
+def wanted_methods(methods: Iterable[str | type[Method] | Method] | None) -> list[type[Method] | Method]:
+    """The classes to search and the instances to try.
+
+    Raises:
+        MethodError: an unknown name, a stack, or none at all. NotApplicableError: not a method for diffusion.
+    """
     if methods is None:
         return [cls for cls in registry().values() if "diffusion" in cls.info.targets]
     found: list[type[Method] | Method] = []
