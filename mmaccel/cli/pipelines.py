@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class Request:
             "--height": ("height", self.height), "--width": ("width", self.width),
             "--frames": ("num_frames", self.frames),
         }  # fmt: skip
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise MMAccelError(f"--guidance {self.guidance} is no number to scale by.")
         found = dict(pipeline.defaults)
         for option, (name, value) in wanted.items():
             if value is None:

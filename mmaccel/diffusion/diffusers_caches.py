@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmaccel.core.patching import Chain
-from mmaccel.errors import ConflictError, NotApplicableError
+from mmaccel.core.patching import Chain, Patcher
+from mmaccel.errors import ConflictError, NonFiniteError, NotApplicableError
 from mmaccel.method import Method, Touch
 
 if TYPE_CHECKING:
@@ -147,30 +147,74 @@ class DiffusersCache(Method):
             if not installed.hooks:
                 raise NotApplicableError(f"{self.info.name} hooked no module of {type(transformer).__name__}.")
             self.watch(installer, installed, config)
-            patcher.before(transformer, self._tick(site.pipeline is None, clock, called, config, installed))
-            if site.pipeline is not None:
-                # the pipeline clears the cache at its end, which a call that raised never reaches
-                patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
+            patcher.before(transformer, self._tick(patcher, site, clock, called, config, installed))
 
-    def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
+    def _tick(
+        self, patcher: Patcher, site: Any, clock: Clock, called: list[Any], config: Any, installed: Installed
+    ) -> Any:
+        sampling = _Sampling(site)
+
+        def follow() -> bool:
+            # a pipeline clears the cache at its end, which a call that raised never reaches
+            if sampling.follow():
+                patcher.wrap(site.scheduler, "set_timesteps", self._around(sampling, config, installed))
+                return True
+            return False
+
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             if not called:
                 called.append(True)
-            if clock.tick(args, kwargs) and alone:
+            begun = clock.tick(args, kwargs)
+            if follow():  # another scheduler than before, which has its timesteps already
+                self.begin(config, installed, sampling.steps())
+                sampling.first = True
+            elif begun and site.pipeline is None:
                 self.begin(config, installed, None)
+                sampling.first = True
+            if sampling.first:
+                sampling.first = False
+                _check_finite(kwargs.get("hidden_states", args[0] if args else None))
 
+        follow()
         return hook
 
-    def _around(self, pipeline: Any, config: Any, installed: Installed) -> Any:
-        reference = weakref.ref(pipeline.scheduler)
-
+    def _around(self, sampling: _Sampling, config: Any, installed: Installed) -> Any:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
-            scheduler = reference()
-            self.begin(config, installed, None if scheduler is None else len(scheduler.timesteps))
+            self.begin(config, installed, sampling.steps())
+            sampling.first = True
             return result
 
         return around
+
+
+class _Sampling:
+    """The scheduler that a pipeline samples with now, and whether the next call is the first of a sampling."""
+
+    def __init__(self, site: Any) -> None:
+        self.first = True
+        self._site = site
+        self._scheduler: Any = lambda: None
+
+    def follow(self) -> bool:
+        """Whether the pipeline has another scheduler than when this was asked last."""
+        now = self._site.scheduler
+        if now is None or now is self._scheduler():
+            return False
+        self._scheduler = weakref.ref(now)
+        return True
+
+    def steps(self) -> int | None:
+        """Number of steps of the sampling under way, None if there is no scheduler."""
+        scheduler = self._site.scheduler
+        return None if scheduler is None else len(scheduler.timesteps)
+
+
+def _check_finite(latents: Any) -> None:
+    if hasattr(latents, "isfinite") and not latents.isfinite().all():
+        raise NonFiniteError(
+            "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+        )
 
 
 def count_steps(installer: Installer, hook: Any) -> None:

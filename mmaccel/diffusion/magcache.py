@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks
 from mmaccel.diffusion.diffusers_caches import count_steps as count
-from mmaccel.errors import NotApplicableError
+from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.method import Info, Stage, knob
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class MagCache(DiffusersCache):
         source="MagCache: Fast Video Generation with Magnitude-Aware Cache", year=2025,
         targets=("diffusion",), slots=(STEPS,), licence="Apache-2.0 (diffusers)",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratios = self.ratios
+        numbers = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for ratio in ratios or ())
+        if ratios is not None and not (ratios and numbers):
+            raise MethodError("magcache: ratios must be numbers above 0, one a step; None has them measured.")
 
     @property
     def neutral(self) -> bool:
@@ -99,8 +107,9 @@ class MagCache(DiffusersCache):
 
         measured, before = list(config.measured), config.steps
         installed.fresh()
-        # a call that raised was not measured to its end
-        if config.source is None and measured and (steps is None or len(measured) == before):
+        # a call that raised was not measured to its end, and one that gave NaN not at all
+        whole = steps is None or len(measured) == before
+        if config.source is None and measured and whole and all(map(math.isfinite, measured)):
             config.source = tuple(measured)
         config.measured = []
         if config.source is None:
