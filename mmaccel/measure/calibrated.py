@@ -191,9 +191,12 @@ class Calibration:
         return table
 
     def _remarks(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.unreached.items():
+            reasons.setdefault(why.rstrip("."), []).append(name)
         lines = [
             "work: FLOPs of the transformer, counted; time: its seconds on this machine, one call a prompt",
-            *(f"{name} does not reach it: {why}" for name, why in self.unreached.items()),
+            *(f"without a setting: {', '.join(names)} ({why})" for why, names in reasons.items()),
         ]
         slow = [
             f"{label(one.method)} {one.time:.2f}"

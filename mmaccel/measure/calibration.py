@@ -85,7 +85,7 @@ def checked_runtime(runtime: Any) -> float:
     Raises:
         MethodError: it is outside (0, 1].
     """
-    if isinstance(runtime, bool) or not isinstance(runtime, (int, float)) or not 0 < runtime <= 1:
+    if isinstance(runtime, (bool, str)) or not hasattr(runtime, "__float__") or not 0 < float(runtime) <= 1:
         raise MethodError(f"runtime={runtime!r} is outside (0, 1]; give a fraction of the dense time, such as 0.5.")
     return float(runtime)
 

@@ -99,7 +99,7 @@ def _with(method: Method, knob: str, values: Iterable[Any]) -> tuple[Method, ...
 def _runtimes(method: Method, runtime: float) -> Ladder:
     # the knob counts tokens, and work is more or less than that: less where the prompt is computed once, more where
     # much is computed at every step
-    below = tuple(runtime * 0.96**rung for rung in range(30))
+    below = tuple(runtime * (1 - less) for less in (0, *(0.005 * 1.4**rung for rung in range(14))))
     above = tuple(1 - (1 - runtime) * 0.94**rung for rung in range(20, 0, -1)) if runtime < 1 else ()
     return Ladder(_with(method, "runtime", (round(value, 4) for value in above + below)), len(above))
 

@@ -167,7 +167,7 @@ def _check_dense(target: Any) -> None:
 
 
 def _requests(pipe: Any, takes: Mapping[str, Any], prompts: Any) -> list[dict[str, Any]]:
-    given = [prompts] if isinstance(prompts, (str, int)) else list(prompts or ())
+    given = [prompts] if isinstance(prompts, (str, int)) else [] if prompts is None else list(prompts)
     if not given:
         raise MethodError("no prompts given; a few that are like those you will use are enough.")
     if "prompt" in takes:
@@ -181,7 +181,9 @@ def _requests(pipe: Any, takes: Mapping[str, Any], prompts: Any) -> list[dict[st
     count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
     found = []
     for prompt in given:
-        number = names.get(prompt) if isinstance(prompt, str) else prompt
+        number: Any = names.get(prompt) if isinstance(prompt, str) else prompt
+        if hasattr(number, "item"):  # a number of numpy or torch
+            number = number.item()
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < (count or number + 1):
             known = f"; it knows {', '.join(list(names)[:8])} and others" if names else ""
             raise MethodError(f"{type(pipe).__name__} knows no class {prompt!r}{known}.")
