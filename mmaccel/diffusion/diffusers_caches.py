@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmaccel.core.patching import Chain, Patcher
+from mmaccel.core.patching import Chain
 from mmaccel.errors import ConflictError, NonFiniteError, NotApplicableError
 from mmaccel.method import Method, Touch
 
@@ -140,6 +140,7 @@ class DiffusersCache(Method):
             # whatever fails half way must find its undo recorded
             installed = Installed(transformer, [])
             patcher.on_undo(_undo(installed, before, config, called))
+            patcher.before(transformer, self._start(site, config, installed))
             try:
                 self.enable(transformer, config)
             finally:
@@ -147,74 +148,50 @@ class DiffusersCache(Method):
             if not installed.hooks:
                 raise NotApplicableError(f"{self.info.name} hooked no module of {type(transformer).__name__}.")
             self.watch(installer, installed, config)
-            patcher.before(transformer, self._tick(patcher, site, clock, called, config, installed))
+            patcher.before(transformer, self._tick(site.pipeline is None, clock, called, config, installed))
+            if site.pipeline is not None:
+                # the pipeline clears the cache at its end, which a call that raised never reaches
+                patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
 
-    def _tick(
-        self, patcher: Patcher, site: Any, clock: Clock, called: list[Any], config: Any, installed: Installed
-    ) -> Any:
-        sampling = _Sampling(site)
+    def _start(self, site: Any, config: Any, installed: Installed) -> Any:
+        given = None if site.scheduler is None else weakref.ref(site.scheduler)
+        tables: list[Any] = []
 
-        def follow() -> bool:
-            # a pipeline clears the cache at its end, which a call that raised never reaches
-            if sampling.follow():
-                patcher.wrap(site.scheduler, "set_timesteps", self._around(sampling, config, installed))
-                return True
-            return False
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            scheduler = site.scheduler
+            table = getattr(scheduler, "timesteps", None)
+            if tables and tables[0] is table:
+                return
+            tables[:] = [table]
+            if given is not None and scheduler is not given():  # one that came later, whose calls nobody follows
+                self.begin(config, installed, len(scheduler.timesteps))
+            latents = kwargs.get("hidden_states", args[0] if args else None)
+            if hasattr(latents, "isfinite") and not latents.isfinite().all():
+                raise NonFiniteError(
+                    "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+                )
 
+        return hook
+
+    def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             if not called:
                 called.append(True)
-            begun = clock.tick(args, kwargs)
-            if follow():  # another scheduler than before, which has its timesteps already
-                self.begin(config, installed, sampling.steps())
-                sampling.first = True
-            elif begun and site.pipeline is None:
+            if clock.tick(args, kwargs) and alone:
                 self.begin(config, installed, None)
-                sampling.first = True
-            if sampling.first:
-                sampling.first = False
-                _check_finite(kwargs.get("hidden_states", args[0] if args else None))
 
-        follow()
         return hook
 
-    def _around(self, sampling: _Sampling, config: Any, installed: Installed) -> Any:
+    def _around(self, pipeline: Any, config: Any, installed: Installed) -> Any:
+        reference = weakref.ref(pipeline.scheduler)
+
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
-            self.begin(config, installed, sampling.steps())
-            sampling.first = True
+            scheduler = reference()
+            self.begin(config, installed, None if scheduler is None else len(scheduler.timesteps))
             return result
 
         return around
-
-
-class _Sampling:
-    """The scheduler that a pipeline samples with now, and whether the next call is the first of a sampling."""
-
-    def __init__(self, site: Any) -> None:
-        self.first = True
-        self._site = site
-        self._scheduler: Any = lambda: None
-
-    def follow(self) -> bool:
-        """Whether the pipeline has another scheduler than when this was asked last."""
-        now = self._site.scheduler
-        if now is None or now is self._scheduler():
-            return False
-        self._scheduler = weakref.ref(now)
-        return True
-
-    def steps(self) -> int | None:
-        """Number of steps of the sampling under way, None if there is no scheduler."""
-        scheduler = self._site.scheduler
-        return None if scheduler is None else len(scheduler.timesteps)
-
-
-def _check_finite(latents: Any) -> None:
-    if hasattr(latents, "isfinite") and not latents.isfinite().all():
-        raise NonFiniteError(
-            "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
-        )
 
 
 def count_steps(installer: Installer, hook: Any) -> None:

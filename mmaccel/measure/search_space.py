@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mmaccel.errors import NotApplicableError
 from mmaccel.method import Method
 
 __all__ = ["Ladder", "first_fitting", "ladders"]
@@ -49,14 +48,16 @@ def first_fitting(count: int, start: int, over: Callable[[int], bool], enough: C
 def ladders(cls: Any, runtime: float, steps: int, ratios: Callable[[], tuple[float, ...]]) -> list[Ladder]:
     """The ladders of a method for a share `runtime` of the work in `steps` steps.
 
-    Methods with a knob called runtime, keep or threshold need no entry here. `ratios` measures what MagCache needs.
-
-    Raises:
-        NotApplicableError: nothing is known of the method's knobs.
+    Methods with a knob called runtime, cost, keep, threshold, ratio, interval or every need no entry here, and one with
+    none of these is tried as it is. `ratios` measures what MagCache needs.
     """
     name = cls.info.name
     if name == "hsa":
-        return [_runtimes(cls(order=order, staggered=turns), runtime) for order in (1, 0) for turns in (False, True)]
+        return [
+            _shares(cls(order=order, staggered=turns), "runtime", runtime)
+            for order in (1, 0)
+            for turns in (False, True)
+        ]
     if name == "fewer-steps":
         settings = tuple(cls(keep=_short(count, steps)) for count in range(steps, 0, -1))
         return [Ladder(settings, steps - max(1, math.floor(runtime * steps + 1e-9)))]
@@ -83,25 +84,29 @@ def _short(count: int, steps: int) -> float:
 
 def _by_knob(cls: Any, runtime: float) -> Ladder:
     known = {entry.name for entry in fields(cls)}
-    if "runtime" in known:
-        return _runtimes(cls(), runtime)
+    for share in ("runtime", "cost", "keep"):
+        if share in known:
+            return _shares(cls(), share, runtime)
     if "threshold" in known:
         return _thresholds(cls())
-    if "keep" in known:
-        return Ladder(_with(cls(), "keep", (max(1, 50 - rung) / 50 for rung in range(50))), round(50 * (1 - runtime)))
-    raise NotApplicableError(f"{cls.info.name} has no knob that calibration knows how to turn; give it as an instance.")
+    if "ratio" in known:
+        return Ladder(_with(cls(), "ratio", (rung / 20 for rung in range(20))), round(19 * (1 - runtime)))
+    for turn in ("interval", "every"):
+        if turn in known:
+            return Ladder(_with(cls(), turn, range(2, 10)), 7)
+    return Ladder((cls(),))
 
 
 def _with(method: Method, knob: str, values: Iterable[Any]) -> tuple[Method, ...]:
     return tuple(replace(method, **{knob: value}) for value in values)
 
 
-def _runtimes(method: Method, runtime: float) -> Ladder:
-    # the knob counts tokens, and work is more or less than that: less where the prompt is computed once, more where
-    # much is computed at every step
+def _shares(method: Method, knob: str, runtime: float) -> Ladder:
+    # such a knob counts tokens or blocks, and work is more or less than that: less where the prompt is computed once,
+    # more where much is computed at every step
     below = tuple(runtime * (1 - less) for less in (0, *(0.005 * 1.4**rung for rung in range(14))))
     above = tuple(1 - (1 - runtime) * 0.94**rung for rung in range(20, 0, -1)) if runtime < 1 else ()
-    return Ladder(_with(method, "runtime", (round(value, 4) for value in above + below)), len(above))
+    return Ladder(_with(method, knob, (round(value, 4) for value in above + below)), len(above))
 
 
 def _thresholds(method: Any) -> Ladder:

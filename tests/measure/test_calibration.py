@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmaccel
 from mmaccel.errors import AdapterError, ConflictError, MethodError, MMAccelError, NonFiniteError, NotApplicableError
 from mmaccel.measure.calibrated import label
-from mmaccel.measure.search_space import first_fitting
+from mmaccel.measure.search_space import first_fitting, ladders
 from mmaccel.tiny import class_to_image, text_to_video
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
 
@@ -309,6 +310,44 @@ def test_the_search_finds_the_first_rung_from_anywhere(count):
             assert border == count or border in asked
             assert border == 0 or border - 1 in asked
             assert len(asked) <= 2 * math.ceil(math.log2(count + 1)) + 1
+
+
+def test_ladders_begin_with_most_work_and_cover_methods_that_nobody_listed():
+    def made(**knobs):
+        name, default = next(iter(knobs.items()), ("", 0.0))
+        body = {"__annotations__": {name: type(default).__name__}, name: default} if name else {}
+        return dataclass(frozen=True)(type("Made", (mmaccel.Method,), {"info": mmaccel.HSA.info, **body}))
+
+    def values(name, default, runtime=0.5):
+        cls = made(**{name: default})
+        cls.info = replace(cls.info, name="made")
+        (ladder,) = ladders(cls, runtime, 20, tuple)
+        return [getattr(setting, name) for setting in ladder.settings], ladder.start
+
+    for name in ("runtime", "cost", "keep"):
+        found, start = values(name, 1.0)
+        assert found == sorted(found, reverse=True)
+        assert found[start] == 0.5
+        assert 0 < found[-1] < 0.5 < found[0] < 1
+        found, start = values(name, 1.0, 1.0)
+        assert (found[0], start) == (1.0, 0)
+    for name, default in (("threshold", 0.05), ("ratio", 0.5), ("interval", 2), ("every", 2)):
+        found, start = values(name, default)
+        assert found == sorted(set(found))
+        assert 0 <= start < len(found)
+    cls = made()
+    cls.info = replace(cls.info, name="made")
+    assert [ladder.settings for ladder in ladders(cls, 0.5, 20, tuple)] == [(cls(),)]
+
+
+@pytest.mark.parametrize("steps", [5, 7, 13, 20, 40, 50])
+@pytest.mark.parametrize("runtime", [0.1, 0.25, 0.5, 0.9, 1.0])
+def test_fewer_steps_is_searched_from_the_right_number(steps, runtime):
+    (ladder,) = ladders(mmaccel.FewerSteps, runtime, steps, tuple)
+    counts = [round(setting.keep * steps) for setting in ladder.settings]
+    assert counts == list(range(steps, 0, -1))
+    fitting = [count for count in counts if count / steps <= runtime + 1e-9]
+    assert counts[ladder.start] == max(fitting, default=1)
 
 
 def refuse(error, match, pipe=None, prompts=PROMPTS, **more):
