@@ -33,8 +33,8 @@ def accelerate(target: Any, *methods: Method | str | Choice | Iterable[Method | 
         target: a vision-language or text model of transformers or a pipeline of it, or a pipeline or transformer of
             diffusers. It keeps its class and the signatures of `generate` and `__call__`.
         methods: instances (`HoliTom(keep=0.15)`), spec strings (`"holitom:keep=0.15"`), stacks (`"fewer-frames:
-            keep=0.5+fastv"`), the result of `calibrate` (with a warning where it was made for something else), or
-            lists of these. Their order is that of the pipeline, however they are given.
+            keep=0.5+fastv"`), lists of these, or the result of `calibrate` (with a warning where it was made for
+            something else). Their order is that of the pipeline, however they are given.
 
     Returns:
         a `Handle`, which is also a context manager: `with accelerate(model, ...) as h: model.generate(...)`.

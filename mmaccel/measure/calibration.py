@@ -40,7 +40,8 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline with a transformer and no method on it. It is left as it was found, also by an
-            exception or Ctrl-C: its scheduler and torch's random state are not touched.
+            exception or Ctrl-C: its scheduler and torch's random state are not touched. (Buffers of the autoencoder
+            hold what any call leaves there.)
         prompts: a few texts like those that will be used; numbers or names of classes for class-conditional pipelines.
         runtime: the largest share of the dense transformer's work, in (0, 1].
         methods: which to try; all that fit if not given. A name or class is searched for its best setting; an instance,
@@ -190,10 +191,13 @@ class _Search:
 
     def unreached(self) -> dict[str, str]:
         """Why the methods that have no setting within the budget have none."""
-        found = dict(self.refused)
+        found: dict[str, str] = {}
         for name in self.names:
             mine = [one for one in self.tried.values() if one.method.info.name == name]
-            if name in found or any(one.fits(self.runtime) for one in mine):
+            if any(one.fits(self.runtime) for one in mine):
+                continue
+            if name in self.refused:
+                found[name] = self.refused[name]
                 continue
             run = [one for one in mine if one.work is not None]
             least = min(run, key=lambda one: one.work or 0.0, default=None)

@@ -72,12 +72,14 @@ class Trials:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        pipe, stack = self.pipe, self._stack
+        pipe = self.pipe
         device = torch.device(getattr(pipe, "_execution_device", pipe.device))
         cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.callback(_restore, pipe, dict(vars(pipe)), _without_registry(self.target))
-        vars(pipe)["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            stack.callback(_restore, pipe, dict(vars(pipe)), _without_registry(self.target))
+            vars(pipe)["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_exc: object) -> None:
