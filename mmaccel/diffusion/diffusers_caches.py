@@ -140,7 +140,7 @@ class DiffusersCache(Method):
             # whatever fails half way must find its undo recorded
             installed = Installed(transformer, [])
             patcher.on_undo(_undo(installed, before, config, called))
-            patcher.before(transformer, self._start(site, config, installed))
+            patcher.before(transformer, _start(self, site, config, installed))
             try:
                 self.enable(transformer, config)
             finally:
@@ -152,26 +152,6 @@ class DiffusersCache(Method):
             if site.pipeline is not None:
                 # the pipeline clears the cache at its end, which a call that raised never reaches
                 patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
-
-    def _start(self, site: Any, config: Any, installed: Installed) -> Any:
-        given = None if site.scheduler is None else weakref.ref(site.scheduler)
-        tables: list[Any] = []
-
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            scheduler = site.scheduler
-            table = getattr(scheduler, "timesteps", None)
-            if tables and tables[0] is table:
-                return
-            tables[:] = [table]
-            if given is not None and scheduler is not given():  # one that came later, whose calls nobody follows
-                self.begin(config, installed, len(scheduler.timesteps))
-            latents = kwargs.get("hidden_states", args[0] if args else None)
-            if hasattr(latents, "isfinite") and not latents.isfinite().all():
-                raise NonFiniteError(
-                    "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
-                )
-
-        return hook
 
     def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
@@ -296,3 +276,25 @@ def _calls(forward: Any, reference: Any) -> bool:
     """Whether `forward` is what diffusers made of this very hook."""
     cells = getattr(getattr(forward, "func", None), "__closure__", None) or ()
     return any(cell.cell_contents is reference for cell in cells)
+
+
+def _start(method: DiffusersCache, site: Any, config: Any, installed: Installed) -> Callable[..., None]:
+    """What the first call of a sampling is checked for, ahead of everything else."""
+    given = None if site.scheduler is None else weakref.ref(site.scheduler)
+    tables: list[Any] = []
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        scheduler = site.scheduler
+        table = getattr(scheduler, "timesteps", None)
+        if tables and tables[0] is table:
+            return
+        tables[:] = [table]
+        if given is not None and scheduler is not given():  # one that came later, whose calls nobody follows
+            method.begin(config, installed, len(scheduler.timesteps))
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        if hasattr(latents, "isfinite") and not latents.isfinite().all():
+            raise NonFiniteError(
+                "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+            )
+
+    return hook
