@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,9 @@ __all__ = ["MagCache", "measured_ratios"]
 
 # diffusers prints the ratios and clears its state when it has counted so many steps; we measure and clear ourselves
 _NEVER = 1 << 62
+
+# by transformer, as long as a MagCache is on it
+_configs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class MagCache(DiffusersCache):
         tail = next(hook for _, _, hook, _ in installed.hooks if getattr(hook, "is_tail", False))
         count(installer, head)
         config.measured, config.source, config.steps = [], self.ratios, None
+        _configs[installed.transformer] = config
+        installer.patcher.on_undo(lambda: _configs.pop(installed.transformer, None))
 
         def keep(call: Any, state: Any, residual: Any) -> None:
             call(state, residual)
@@ -126,7 +132,7 @@ def measured_ratios(transformer: Any) -> tuple[float, ...]:
     Raises:
         NotApplicableError: none is on it, or it has not measured yet.
     """
-    measured = getattr(getattr(transformer, "_cache_config", None), "measured", None)
-    if not measured:
+    config = _configs.get(transformer)
+    if config is None or not config.measured:
         raise NotApplicableError("magcache has measured no ratios on this transformer; call the pipeline first.")
-    return tuple(float(ratio) for ratio in measured)
+    return tuple(float(ratio) for ratio in config.measured)

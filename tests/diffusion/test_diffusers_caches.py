@@ -137,8 +137,13 @@ def test_a_call_that_raised_and_offload(name):
 
 def test_magcache_measures_in_its_first_whole_call():
     pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    from mmaccel.diffusion.magcache import measured_ratios
+
+    with pytest.raises(NotApplicableError, match="measured no ratios"):
+        measured_ratios(pipe.transformer)
     with mmaccel.accelerate(pipe, mmaccel.MagCache(threshold=1e9)) as handle:
         assert torch.equal(generate(pipe), generate(twin))
+        assert len(measured_ratios(pipe.transformer)) == 5
         second = generate(pipe)
         assert not torch.equal(second, generate(twin))
         assert torch.equal(generate(pipe), second)

@@ -258,12 +258,12 @@ def test_a_class_conditional_pipeline_without_caches_of_diffusers():
         pipe,
         ["red ring", np.int64(3)],
         np.float64(0.5),
-        ["hsa:order=0", "taylorseer", "fewer-steps"],
+        ["hsa:order=0", "seacache", "fewer-steps"],
         8,
         guidance_scale=3.0,
     )
     assert found.best.work <= 0.5
-    assert "no cache interface" in found.unreached["taylorseer"]
+    assert "DiTTransformer2DModel" in found.unreached["seacache"]
     best, apart = found.best, []
     for number, label_id in enumerate([pipe.get_label_ids(["red ring"])[0], 3]):
         last = []
