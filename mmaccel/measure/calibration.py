@@ -66,7 +66,7 @@ def calibrate(
     if steps is not None:
         _refuse_few(steps)
     with trials:
-        search = _Search(trials, trials.run(), runtime, progress)
+        search = _Search(trials, trials.dense(), runtime, progress)
         _refuse_few(search.steps)
         for entry in wanted:
             search.one(entry)
@@ -219,10 +219,11 @@ class _Search:
     def _ratios(self) -> tuple[float, ...]:
         from mmaccel.diffusion.magcache import MagCache, measured_ratios
 
-        found: list[tuple[float, ...]] = []
         transformer = self.trials.target.site.transformer
-        for number in range(len(self.trials.requests)):
-            self.trials.run(MagCache(), numbers=[number], inside=lambda: found.append(measured_ratios(transformer)))
+        found = [
+            self.trials.first_call(MagCache(), number, lambda: measured_ratios(transformer))
+            for number in range(len(self.dense))
+        ]
         return tuple(np.mean(np.asarray(found, dtype=np.float64), axis=0).tolist())
 
 

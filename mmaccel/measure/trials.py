@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -19,13 +19,15 @@ from mmaccel.measure.generation import pipeline_stages, watch_pipeline
 from mmaccel.targets import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
 
     from mmaccel.method import Method
 
 __all__ = ["Trial", "Trials"]
+
+T = TypeVar("T")
 
 _OURS = {"prompt", "class_labels", "generator", "num_inference_steps", "output_type", "return_dict"}
 
@@ -49,7 +51,8 @@ class Trials:
     """Calls a pipeline with each of some prompts. A context manager; at its end the pipeline is what it was before.
 
     The calls run on copies of the scheduler, with noise from a generator of their own, and outside of the random state
-    of torch. prompts: texts, or numbers or names of classes where the pipeline is asked for classes.
+    of torch. prompts: texts, or numbers or names of classes where the pipeline is asked for classes. A method that
+    measures in its first call, which is dense then, is judged by the next one.
 
     Raises:
         MethodError: no prompts, or prompts or arguments that the pipeline cannot be given.
@@ -68,8 +71,10 @@ class Trials:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise MethodError(f"seed must be a whole number of at least 0, not {seed!r}.")
         self.seed = seed
-        self.compiled = _compiled(self.target)
+        self._compiled = _compiled(self.target)
         self._stack = ExitStack()
+        self._dense: dict[int, int] = {}
+        self._measuring: set[Method] = set()
 
     def __enter__(self) -> Self:
         pipe = self.pipe
@@ -85,36 +90,52 @@ class Trials:
     def __exit__(self, *_exc: object) -> None:
         self._stack.close()
 
-    def run(
-        self,
-        method: Method | None = None,
-        *,
-        numbers: Sequence[int] | None = None,
-        inside: Callable[[], Any] | None = None,
-    ) -> list[Trial]:
-        """Call the pipeline with every prompt, or those of `numbers`, counting; `inside` is called with the method on.
+    def dense(self) -> list[Trial]:
+        """Call the pipeline with every prompt as it is, counting; to be done first.
 
         Raises:
             NonFiniteError: the latents of a call are not finite.
         """
-        return self._each(method, range(len(self.requests)) if numbers is None else numbers, self._count, inside)
+        with self._scheduler():
+            found = [self._count(number) for number in range(len(self.requests))]
+        self._dense = {number: trial.flops or 0 for number, trial in enumerate(found)}
+        return found
+
+    def run(self, method: Method) -> list[Trial]:
+        """Call the pipeline with a method on and every prompt, counting.
+
+        Raises:
+            NonFiniteError: the latents of a call are not finite.
+        """
+        with self._scheduler(), accelerate(self.pipe, method):
+            first = self._count(0)
+            if (first.flops or 0) >= 0.99 * self._dense[0] and not method.neutral:
+                again = self._count(0)
+                if (again.flops or 0) < (first.flops or 0):
+                    self._measuring.add(method)
+                    first = again
+            return [first, *(self._count(number) for number in range(1, len(self.requests)))]
 
     def timed(self, method: Method | None, number: int) -> Trial:
         """Call the pipeline with one of the prompts, decode and time it."""
-        return self._each(method, [number], self._time, None)[0]
+        with self._scheduler(), accelerate(self.pipe, method) if method is not None else nullcontext():
+            if self._compiled or method in self._measuring:  # counted calls ran what was not compiled
+                self._call(number, "latent")
+            return self._time(number)
 
-    def _each(
-        self, method: Method | None, numbers: Sequence[int], call: Any, inside: Callable[[], Any] | None
-    ) -> list[Trial]:
+    def first_call(self, method: Method, number: int, read: Callable[[], T]) -> T:
+        """Call the pipeline once with a method on and one of the prompts; what `read` gives while it is still on."""
+        with self._scheduler(), accelerate(self.pipe, method):
+            self._call(number, "latent")
+            return read()
+
+    @contextmanager
+    def _scheduler(self) -> Iterator[None]:
         # not by setattr, which would write into the configuration of the pipeline
         given = vars(self.pipe)["scheduler"]
         vars(self.pipe)["scheduler"] = copy.deepcopy(given)
         try:
-            with accelerate(self.pipe, method) if method is not None else nullcontext():
-                found = [call(number) for number in numbers]
-                if inside is not None:
-                    inside()
-                return found
+            yield
         finally:
             vars(self.pipe)["scheduler"] = given
 
@@ -125,8 +146,6 @@ class Trials:
         return Trial(latents, steps, flops=int(spans.totals(lambda a, b: b - a).get("transformer", 0)))
 
     def _time(self, number: int) -> Trial:
-        if self.compiled:  # counted calls ran what was not compiled
-            self._call(number, "latent")
         (latents, steps, found), stages = pipeline_stages(self.pipe, lambda: self._call(number, "np"))
         return Trial(latents, steps, seconds=stages["transformer"], pixels=_pixels(found))
 

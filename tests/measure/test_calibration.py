@@ -207,6 +207,19 @@ def test_measured_ratios_survive_a_file(tmp_path):
     np.testing.assert_allclose(found.method.ratios, expected, rtol=1e-4)
 
 
+def test_a_method_that_measures_in_its_first_call_is_judged_by_the_next():
+    method, pipe = mmaccel.MagCache(threshold=1e9), tiny_wan_pipeline()
+    found = mmaccel.calibrate(pipe, PROMPTS, 0.9, [method], STEPS, SEED, **CALL).best
+    dense = [counted(pipe, number) for number in range(len(PROMPTS))]
+    with mmaccel.accelerate(pipe, method):
+        assert torch.equal(counted(pipe, 0)[0], dense[0][0])
+        made = [counted(pipe, number) for number in range(len(PROMPTS))]
+    assert found.work == pytest.approx(sum(flops for _, flops in made) / sum(flops for _, flops in dense))
+    apart = [float((a - b).norm() / b.norm()) for (a, _), (b, _) in zip(made, dense, strict=True)]
+    assert found.distance == pytest.approx(sum(apart) / 2, rel=1e-5)
+    assert found.psnr < 60
+
+
 def residual_ratios(pipe, prompt, seed):
     """Ratio of the norms of successive residuals of all blocks, mean over tokens, in the branch with the prompt."""
     residuals, entered = [], []
