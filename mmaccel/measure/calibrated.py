@@ -60,7 +60,7 @@ class Subject:
     arguments: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """The result of `calibrate`. Give it, or its `method`, to `accelerate`.
 
@@ -214,6 +214,13 @@ class Calibration:
             if one.problem and one.method.info.name not in self.unreached
         ]
         return lines
+
+    def __repr__(self) -> str:
+        best = self.best
+        return (
+            f"<Calibration of {self.subject.pipeline}: {label(best.method)} at {best.work:.3f} of the work, distance "
+            f"{best.distance:.4f}; {len(self.candidates)} settings tried>"
+        )
 
     def __rich__(self) -> Table:
         return self.table()

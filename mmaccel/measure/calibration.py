@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from mmaccel.method import Method, find, parse, registry
 __all__ = ["calibrate", "checked_runtime", "wanted_methods"]
 
 _FEWEST_STEPS = 5
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -47,7 +50,7 @@ def calibrate(
         methods: which to try; all that fit if not given. A name or class is searched for its best setting; an instance,
             or a spec with knobs, is tried as it is.
         steps: steps of the sampler; those of the pipeline if not given. seed: of the noise; the n-th prompt has
-            seed + n. progress: called with each candidate that was tried.
+            seed + n. progress: called with each candidate that was tried; they are logged as well (level INFO).
         call_arguments: what else the pipeline is called with (`height=480`, `guidance_scale=5.0`).
 
     Returns:
@@ -185,6 +188,8 @@ class _Search:
             except Exception as error:  # so is a setting
                 candidate = Candidate(method, problem=_one_line(error))
             self.tried[method] = candidate
+            outcome = candidate.problem or f"work {candidate.work:.3f}, distance {candidate.distance:.4f}"
+            logger.info("%s: %s", label(method), outcome)
             if self.progress is not None:
                 self.progress(candidate)
         return self.tried[method]

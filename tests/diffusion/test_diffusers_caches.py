@@ -174,6 +174,8 @@ def test_a_spec_with_ratios_makes_the_same_method():
 
     method = mmaccel.MagCache(threshold=0.1, ratios=RATIOS)
     assert parse(method.spec) == [method]
+    with mmaccel.accelerate(tiny_wan_pipeline(), method) as handle:
+        assert "magcache:threshold=0.1;ratios=(...)" in str(handle.report())
 
 
 @every

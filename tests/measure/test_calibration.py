@@ -113,6 +113,10 @@ def test_what_does_not_reach_the_budget_is_named(calibration):
     text = str(calibration)
     assert "without a setting: pab (0." in text
     assert f"{label(calibration.method)} <- best" in " ".join(text.split())
+    assert repr(calibration) == (
+        f"<Calibration of WanPipeline: {label(calibration.method)} at {calibration.best.work:.3f} of the work, "
+        f"distance {calibration.best.distance:.4f}; {len(calibration.candidates)} settings tried>"
+    )
 
 
 def state(pipe):
