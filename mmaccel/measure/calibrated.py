@@ -249,13 +249,15 @@ def describe(pipe: Any) -> dict[str, Any]:
     from mmaccel.targets import resolve
 
     site = resolve(pipe).site
-    parameters = [p for transformer in site.transformers.values() for p in transformer.parameters()]
-    chosen = [parameters[(2 * place + 1) * len(parameters) // (2 * _WEIGHTS)] for place in range(_WEIGHTS)]
+    transformers = list(getattr(site, "transformers", {}).values())
+    parameters = [parameter for transformer in transformers for parameter in transformer.parameters()]
+    count = min(_WEIGHTS, len(parameters))
+    chosen = [parameters[(2 * place + 1) * len(parameters) // (2 * count)] for place in range(count)]
     readable = all(parameter.device.type != "meta" and parameter.numel() for parameter in chosen)
     return {
         "pipeline": type(pipe).__name__,
-        "transformer": " + ".join(type(transformer).__name__ for transformer in site.transformers.values()),
-        "scheduler": type(site.scheduler).__name__,
+        "transformer": " + ".join(type(transformer).__name__ for transformer in transformers),
+        "scheduler": type(getattr(site, "scheduler", None)).__name__,
         "weights": tuple(float(p.detach().flatten()[0]) for p in chosen) if readable else (),
     }
 

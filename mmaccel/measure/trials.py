@@ -64,6 +64,8 @@ class Trials:
         self.pipe, self.target = pipe, resolve(pipe)
         if self.target.kind != "diffusion" or self.target.site.pipeline is None:
             raise AdapterError(f"calibrate needs a pipeline of diffusers, not a {type(pipe).__name__}.")
+        if self.target.site.scheduler is None:
+            raise NotApplicableError(f"{type(pipe).__name__} has no scheduler, so there are no steps to save.")
         _check_dense(self.target)
         self.takes = inspect.signature(pipe.__call__).parameters
         self.requests = _requests(pipe, self.takes, prompts)
