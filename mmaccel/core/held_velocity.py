@@ -68,7 +68,6 @@ class _Run:
     transformer: Any = None
     whole: int = -1
     branches: dict[int, _Branch] = field(default_factory=dict)
-    parts: int = 1
     checked: int = 0
     order: Tensor | None = None
 
@@ -234,7 +233,6 @@ class HeldVelocity:
 
     def _order(self, run: _Run, given: LatentInput) -> Tensor:
         """The tokens, those in need first: int64 [B or 1, N]."""
-        run.parts = self.site.parts(given.latents)
         score = self._need(run, given)
         time = given.time
         if time.ndim == 2 and time.shape[1] == score.shape[1]:
@@ -247,17 +245,19 @@ class HeldVelocity:
         Before a second velocity is known, its size stands for its change: what is large has more to change. Branches
         with another batch than the first one, or that have just begun, have no say.
         """
-        first = run.branches[min(run.branches)]
+        held = [run.branches[index] for index in sorted(run.branches) if run.branches[index].last is not None]
+        held = [branch for branch in held if _items(branch) == _items(held[0])]
+        held = [branch for branch in held if held[0].slope is None or branch.slope is not None]
         scale = self.site.guidance(given.transformer)
         values = []
-        for index in sorted(run.branches):
-            branch = run.branches[index]
-            value = branch.last if first.slope is None else branch.slope
-            if value is not None and _items(branch) == _items(first):
-                values.append(given.tokens(value))
+        for branch in held:
+            value = branch.last if held[0].slope is None else branch.slope
+            assert value is not None
+            values.append(given.tokens(value))
         if len(values) == 2 and scale is not None:
             values = [values[1] + scale * (values[0] - values[1])]
-        score = torch.cat([torch.cat(value.chunk(run.parts), -1) for value in values], -1).norm(dim=-1)
+        parts = self.site.parts(given.latents)
+        score = torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1).norm(dim=-1)
         if not torch.isfinite(score).all():
             raise NonFiniteError(
                 "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
@@ -265,7 +265,7 @@ class HeldVelocity:
         return score
 
     def _allocate(self, run: _Run, branch: _Branch, at: Call, given: LatentInput) -> None:
-        widths = {
+        attentions = {
             f"{name}.{attribute}": self.site.width(given.transformer, getattr(block, attribute))
             for name, block in self.site.blocks(given.transformer).items()
             for attribute in self.site.layout.keeping
@@ -274,12 +274,12 @@ class HeldVelocity:
         dtype = given.latents.dtype
         if at.branch >= run.checked:
             expected = max(self.site.branches() if at.branch == 0 else 1, len(run.branches) - run.checked)
-            self._check_memory(widths, expected, given)
+            self._check_memory(attentions, expected, given)
             run.checked += expected
         target = self.storage.dtype(dtype)
         device = "cpu" if self.storage.offload else None
         branch.kept = {
-            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen([*widths])
+            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen([*attentions])
         }
 
     def _check_memory(self, widths: dict[str, int], branches: int, given: LatentInput) -> None:
@@ -319,12 +319,12 @@ def _places(order: Tensor, chosen: Tensor, latents: Tensor) -> Tensor:
     return rows if rows.shape[0] == 1 else rows.repeat(latents.shape[0] // rows.shape[0], 1)
 
 
-def _gap(times: Any) -> Any:
-    return torch.where(times == 0, torch.ones_like(times), times)
-
-
 def _items(branch: _Branch) -> int:
     return 0 if branch.last is None else branch.last.shape[0]
+
+
+def _gap(times: Any) -> Any:
+    return torch.where(times == 0, torch.ones_like(times), times)
 
 
 def _velocity(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

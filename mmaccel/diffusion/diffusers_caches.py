@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmaccel.core.patching import Chain, settle
-from mmaccel.errors import ConflictError, NotApplicableError
+from mmaccel.errors import ConflictError, NonFiniteError, NotApplicableError
 from mmaccel.method import Method, Touch
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class DiffusersCache(Method):
             # whatever fails half way must find its undo recorded
             installed = Installed(transformer, [])
             patcher.on_undo(_undo(installed, before, config, called))
+            patcher.before(transformer, _start(self, site, config, installed))
             try:
                 self.enable(transformer, config)
             finally:
@@ -386,3 +387,25 @@ def _calls(forward: Any, reference: Any) -> bool:
     """Whether `forward` is what diffusers made of this very hook."""
     cells = getattr(getattr(forward, "func", None), "__closure__", None) or ()
     return any(cell.cell_contents is reference for cell in cells)
+
+
+def _start(method: DiffusersCache, site: Any, config: Any, installed: Installed) -> Callable[..., None]:
+    """What the first call of a sampling is checked for, ahead of everything else."""
+    given = None if site.scheduler is None else weakref.ref(site.scheduler)
+    tables: list[Any] = []
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        scheduler = site.scheduler
+        table = getattr(scheduler, "timesteps", None)
+        if tables and tables[0] is table:
+            return
+        tables[:] = [table]
+        if given is not None and scheduler is not given():  # one that came later, whose calls nobody follows
+            method.begin(config, installed, len(scheduler.timesteps))
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        if hasattr(latents, "isfinite") and not latents.isfinite().all():
+            raise NonFiniteError(
+                "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+            )
+
+    return hook

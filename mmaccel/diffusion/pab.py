@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, one_batch
+from mmaccel.errors import MethodError
 from mmaccel.method import Info, Stage, knob
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ class PAB(DiffusersCache):
         return self.every == 1 and self.cross_every == 1
 
     def sites(self, transformer: Any) -> list[str]:
-        """Attention modules of diffusers' classes below the known block lists."""
+        """Attention modules of diffusers' classes below the known block lists.
+
+        Raises:
+            MethodError: no timestep lies between `start` and `stop`.
+        """
+        if not self.start < self.stop:
+            raise MethodError(f"pab: start={self.start} must be below stop={self.stop}; else nothing is reused.")
         from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _ATTENTION_CLASSES
 
         return [

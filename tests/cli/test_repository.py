@@ -54,7 +54,7 @@ def test_specs_and_commands_in_pages_exist(page):
     text = page.read_text(encoding="utf-8")
     for spec in re.findall(r"(?<![\w-])((?:[a-z]+-)*[a-z]+:[a-z_]+=[\w.]+(?:[;+][\w:=.;+-]+)?)", text):
         assert parse(spec), spec
-    commands = {"demo", "ask", "bench", "list", "explain", "probe", "COMMAND"}
+    commands = {"demo", "ask", "bench", "list", "explain", "probe", "generate", "calibrate", "COMMAND"}
     for name in re.findall(r"^(?:uv run )?mmaccel (?!-)(\w+)", text, re.MULTILINE):
         assert name in commands, name
 
