@@ -187,6 +187,9 @@ class Diffusion:
         """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""
         if self.pipeline is None or self.layout.guidance == "calls" or latents.shape[0] % 2:
             return 1
+        scale = getattr(self.pipeline, "_guidance_scale", None)
+        if scale is not None and scale <= 1 and not getattr(self.pipeline, "do_classifier_free_guidance", False):
+            return 1
         # not every pipeline keeps a note of its guidance, but all give both branches the same latents
         first, second = latents.chunk(2)
         return 2 if torch.equal(first, second) else 1

@@ -47,9 +47,9 @@ class Storage:
 
 @dataclass
 class _Branch:
-    """What a branch of guidance holds: its last velocity, how fast it changes, since when.
+    """What a branch of guidance holds: its last velocity, how fast it changes, since when; `prompt` names a text.
 
-    step: when it was called last; a branch may pause.
+    step: when it was called last; a branch may pause, and begins again with a whole step.
     """
 
     step: int = -1
@@ -168,22 +168,27 @@ class HeldVelocity:
     def _rows(self, run: _Run, step: int) -> Tensor | None:
         """Places in the order of need that a step computes, None for all."""
         chosen = run.active[step]
-        return None if step == run.whole or chosen.all() else chosen.nonzero()[:, 0]
+        if step == run.whole or chosen.all():
+            return None
+        if self.site.layout.companion and not chosen.any():
+            return torch.zeros(1, dtype=torch.int64)  # what runs along needs the step
+        return chosen.nonzero()[:, 0]
 
     def _step(
         self, call: Callable[[], Any], given: LatentInput, run: _Run, branch: _Branch, at: Call, rows: TokenRows
     ) -> Any:
         rows.tokens = run.active.shape[1]
         chosen = self._rows(run, at.step)
+        whole = chosen is None
         if branch.last is None or branch.step != at.step - 1:
             chosen = None
-        elif chosen is not None and not len(chosen) and self.site.layout.companion:
-            chosen = chosen.new_zeros(1)
         branch.step = at.step
         self.report.count(self.name, "transformer", rows.tokens, rows.tokens if chosen is None else len(chosen))
         if chosen is None:
             self._keep_or_free(run, branch, at, given)
-            rows.kept, run.order = branch.kept, None
+            rows.kept = branch.kept
+            if whole:
+                run.order = None
             output = call()
             self._whole(branch, _velocity(output)[0], given.now)
             return output
@@ -237,22 +242,22 @@ class HeldVelocity:
     def _need(self, run: _Run, given: LatentInput) -> Tensor:
         """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls.
 
-        Before a second velocity is known, its size stands for its change: what is large has more to change.
+        Before a second velocity is known, its size stands for its change: what is large has more to change. Branches
+        with another batch than the first one, or that have just begun, have no say.
         """
         held = [run.branches[index] for index in sorted(run.branches) if run.branches[index].last is not None]
         held = [branch for branch in held if _items(branch) == _items(held[0])]
+        held = [branch for branch in held if held[0].slope is None or branch.slope is not None]
         scale = self.site.guidance(given.transformer)
         values = []
-        changing = all(branch.slope is not None for branch in held)
         for branch in held:
-            value = branch.slope if changing else branch.last
+            value = branch.last if held[0].slope is None else branch.slope
             assert value is not None
             values.append(given.tokens(value))
         if len(values) == 2 and scale is not None:
             values = [values[1] + scale * (values[0] - values[1])]
-        score = torch.cat([torch.cat(value.chunk(self.site.parts(given.latents)), -1) for value in values], -1).norm(
-            dim=-1
-        )
+        parts = self.site.parts(given.latents)
+        score = torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1).norm(dim=-1)
         if not torch.isfinite(score).all():
             raise NonFiniteError(
                 "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
@@ -274,8 +279,7 @@ class HeldVelocity:
         target = self.storage.dtype(dtype)
         device = "cpu" if self.storage.offload else None
         branch.kept = {
-            name: KeysValues(target if target != dtype else None, device)
-            for name in self.storage.chosen(list(attentions))
+            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen([*attentions])
         }
 
     def _check_memory(self, widths: dict[str, int], branches: int, given: LatentInput) -> None:

@@ -87,9 +87,9 @@ def _managers(hook: Any) -> list[Any]:
 class Clock:
     """The timestep of the step under way, on the scale 0 .. 1000, and whether a new sampling has begun.
 
-    A pipeline says so by itself (`current_timestep`). A transformer alone has its argument `timestep`: values up to 1
-    are taken as fractions, and a turn of its direction, or another shape of the latents, begins a new sampling. Calls
-    with the same timestep are numbered by `branch`.
+    A pipeline says so by itself (`current_timestep`). Elsewhere there is the argument `timestep`: fractions where the
+    first one of a sampling is 1 at most. A turn of its direction, or another shape of the latents, begins a new
+    sampling for a transformer alone. Calls with the same timestep are numbered by `branch`.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -98,6 +98,7 @@ class Clock:
         self.direction = 0
         self.shape: Any = None
         self.branch = 0
+        self.fractions = False
 
     def __call__(self) -> float:
         """The timestep."""
@@ -107,7 +108,7 @@ class Clock:
             raise NotApplicableError(
                 "this transformer was called without the argument timestep, which the cache needs."
             )
-        return value * 1000 if told is None and value <= 1 else value
+        return value * 1000 if told is None and self.fractions else value
 
     def tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take note of a call of the transformer. Returns whether it begins a new sampling."""
@@ -120,6 +121,8 @@ class Clock:
         begun = self.shape not in (None, shape) or (step != 0 and self.direction != 0 and step != self.direction)
         self.direction = 0 if begun else (step or self.direction)
         self.branch = 0 if step or self.last is None else self.branch + 1
+        if begun or self.last is None:
+            self.fractions = now <= 1
         self.last, self.shape = now, shape
         return begun
 

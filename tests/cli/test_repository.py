@@ -90,7 +90,7 @@ def test_method_pages_hold_knobs_and_source(pages, name):
         assert knob.metadata["doc"].replace("|", "\\|") in text
     tables = [line for line in text.splitlines() if line.startswith("| `")]
     # a bar inside a cell would make a column
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {5}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == ({5} if dataclasses.fields(cls) else set())
 
 
 def test_the_index_links_every_page(pages):

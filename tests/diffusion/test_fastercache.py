@@ -7,8 +7,9 @@ import torch
 from diffusers.hooks.faster_cache import FasterCacheConfig, apply_faster_cache
 
 import mmaccel
+from mmaccel.diffusion.diffusers_caches import Clock
 from mmaccel.errors import ConflictError, NotApplicableError
-from tests.diffusion.families import FAMILIES, LARGE, NUCLEUS
+from tests.diffusion.families import FAMILIES, LARGE, NUCLEUS, normal
 from tests.diffusion.test_caches_on_families import traces
 
 FITS = {"cogvideox": "BFCHW", "sd3": "BCHW", "pixart": "BCHW"}
@@ -68,6 +69,25 @@ def test_calls_may_change_and_the_first_step_is_always_computed(name):
     assert torch.allclose(both[:1], first, atol=1e-4)
     assert torch.allclose(two[:1], unguided, atol=1e-4)
     assert handle.report().events["steps reused"] > 0
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "sd3"])
+def test_items_with_the_same_noise_are_no_branches_of_guidance(name):
+    family = FAMILIES[name]
+    pipe, noise = family.build(), normal(*family.latents)
+    with mmaccel.accelerate(pipe, mmaccel.FasterCache(**ALWAYS)):
+        two = family.call(pipe, items=(0, 1), guided=False, latents=noise.repeat(2, *[1] * (noise.ndim - 1)))
+        one = family.call(pipe, items=(1,), guided=False, latents=noise)
+    assert torch.allclose(two[1:], one, atol=1e-4)
+
+
+def test_timesteps_of_one_at_most_are_fractions_only_from_the_start():
+    clock = Clock(None)
+    for steps, expected in (([999, 500, 1], [999, 500, 1]), ([1.0, 0.5, 0.1], [1000, 500, 100])):
+        for step, time in zip(steps, expected, strict=True):
+            clock.tick((), {"hidden_states": torch.zeros(1, 1), "timestep": torch.tensor([step])})
+            assert clock() == pytest.approx(time)
+        clock.last = None
 
 
 @pytest.mark.parametrize("name", FITS)

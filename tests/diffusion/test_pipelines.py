@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import mmaccel
 from mmaccel.core.row_attention import KeysValues
@@ -263,3 +264,33 @@ def test_blocks_that_treat_the_first_frame_unlike_the_others():
     with mmaccel.accelerate(pipe, "tomesd") as handle:
         assert torch.equal(family.call(pipe, steps=STEPS), dense)
     assert any("token_replace_emb" in line for line in handle.report().lines())
+
+
+class Lengths(TorchFunctionMode):
+    """Notes how many queries and keys each attention has."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
+            self.seen.add((query.shape[2], key.shape[2]))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("divisors", [None, 4])
+def test_sound_always_hears_all_of_the_picture(divisors):
+    """Also at steps at which no token of it is due."""
+    family, dense, ours = FAMILIES["ltx2"], Lengths(), Lengths()
+    pipe = family.build()
+    with dense:
+        family.call(pipe, steps=2)
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.35, divisors=divisors)), ours:
+        family.call(pipe, steps=STEPS)
+    sound = {pair for pair in dense.seen if pair[0] != family.tokens}
+    assert {pair[1] for pair in sound} > {family.tokens}
+    assert {pair for pair in ours.seen if pair[0] in {queries for queries, _ in sound}} == sound
+    assert {keys for queries, keys in ours.seen if queries < family.tokens} <= {pair[1] for pair in dense.seen}
