@@ -65,7 +65,8 @@ def page(cls: type[Method]) -> str:
         "training": "trained" if facts["trained"] else "none needed",
     }
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in table.items() if value), ""]
-    lines += ["## Knobs", "", "| knob | default | range | meaning |", "| --- | --- | --- | --- |"]
+    if facts["knobs"]:
+        lines += ["## Knobs", "", "| knob | default | range | meaning |", "| --- | --- | --- | --- |"]
     for knob in facts["knobs"]:
         default = "required" if knob["required"] else f"`{knob['default']}`"
         lines.append(f"| `{knob['name']}` | {default} | {_cell(knob['range'])} | {_cell(knob['doc'])} |")

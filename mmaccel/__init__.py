@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mmaccel.codecs import iter_video, load_video, load_videos, open_stream
     from mmaccel.errors import MMAccelError
     from mmaccel.handle import Handle
+    from mmaccel.measure.calibrated import Calibration
+    from mmaccel.measure.calibration import calibrate
     from mmaccel.method import Method
     from mmaccel.session import stream
 
@@ -26,6 +28,8 @@ _LAZY = {
     "accelerate": "mmaccel.api",
     "explain": "mmaccel.api",
     "methods": "mmaccel.api",
+    "Calibration": "mmaccel.measure.calibrated",
+    "calibrate": "mmaccel.measure.calibration",
     "iter_video": "mmaccel.codecs",
     "load_video": "mmaccel.codecs",
     "load_videos": "mmaccel.codecs",
@@ -39,11 +43,13 @@ _LAZY = {
 _MODULES = ("codecs", "kernels", "measure", "tiny", "tokens")
 
 __all__ = [
+    "Calibration",
     "Handle",
     "MMAccelError",
     "Method",
     "__version__",
     "accelerate",
+    "calibrate",
     "explain",
     "iter_video",
     "load_video",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmaccel.compose import arrange, check, normalise
 from mmaccel.errors import AdapterError, NotApplicableError
@@ -18,14 +18,23 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "accelerate", "explain", "methods", "plan"]
 
 
-def accelerate(target: Any, *methods: Method | str | Iterable[Method | str]) -> Handle:
+class Choice(Protocol):
+    """What knows which method suits a target, such as a `Calibration`."""
+
+    def method_for(self, pipe: Any, /) -> Method:
+        """The method."""
+        ...
+
+
+def accelerate(target: Any, *methods: Method | str | Choice | Iterable[Method | str]) -> Handle:
     """Put methods on a model or pipeline, in place, until the handle is removed.
 
     Args:
         target: a vision-language or text model of transformers or a pipeline of it, or a pipeline or transformer of
             diffusers. It keeps its class and the signatures of `generate` and `__call__`.
         methods: instances (`HoliTom(keep=0.15)`), spec strings (`"holitom:keep=0.15"`), stacks (`"fewer-frames:
-            keep=0.5+fastv"`), or lists of these. Their order is that of the pipeline, however they are given.
+            keep=0.5+fastv"`), lists of these, or the result of `calibrate` (with a warning where it was made for
+            something else). Their order is that of the pipeline, however they are given.
 
     Returns:
         a `Handle`, which is also a context manager: `with accelerate(model, ...) as h: model.generate(...)`.
@@ -37,12 +46,16 @@ def accelerate(target: Any, *methods: Method | str | Iterable[Method | str]) -> 
         ConflictError: two methods exclude each other.
     In each case the target is as it was.
     """
-    wanted = arrange(normalise(methods))
     found = resolve(target)
+    wanted = arrange(normalise(_chosen(entry, target) for entry in methods))
     for method in wanted:
         plan(method, found)
     check(wanted, present(found))
     return Handle(found, wanted)
+
+
+def _chosen(entry: Any, target: Any) -> Any:
+    return entry.method_for(target) if callable(getattr(entry, "method_for", None)) else entry
 
 
 def plan(method: Method, target: Target) -> list[Touch]:

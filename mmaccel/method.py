@@ -300,6 +300,8 @@ def _value(text: str) -> Any:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
+    if text[:1] == "(" and text[-1:] == ")":
+        return tuple(_value(part.strip()) for part in text[1:-1].split(",") if part.strip())
     for kind in (int, float):
         try:
             return kind(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,9 @@ class Report:
         """The report as a rich table."""
         from rich.table import Table
 
-        table = Table(title=" + ".join(self.methods) or "mmaccel", caption="\n".join(self.lines()) or None)
+        # measured numbers of a method do not belong in a heading
+        title = re.sub(r"\([^()]{30,}\)", "(...)", " + ".join(self.methods)) or "mmaccel"
+        table = Table(title=title, caption="\n".join(self.lines()) or None)
         for heading in ("what", "where", "calls", "in", "out", "kept"):
             table.add_column(heading, justify="left" if heading in ("what", "where") else "right")
         for e in self.tokens.values():

@@ -18,6 +18,7 @@ EXPECTED = {
     "holitom", "visionzip", "fastv", "evs", "random", "uniform", "fewer-frames", "fewer-pixels",
     "idpruner", "divprune", "vidcom2", "prumerge",
     "hsa", "diffsparse", "sparse-plan", "taylorseer", "magcache", "pab", "seacache", "fewer-steps",
+    "fastercache", "text-kv-cache", "tomesd",
     "first-block-cache", "prompt-lookup", "dycoke", "fastvid", "prunevid", "earlytom",
 }  # fmt: skip
 

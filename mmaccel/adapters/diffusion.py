@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,60 +31,75 @@ def fits(model: Any) -> bool:
 class Layout:
     """How a family of transformers treats the tokens of a latent.
 
-    blocks: its block lists, in order. attention: names of a block's self-attentions, which see every token.
-    cross: of those that see the prompt alone. mlp: of its feed-forwards. text:
-    where the prompt's tokens stand among the keys of these, if they are there. rotary: names that a block's argument
-    with a pair of rotary tables may have; rotary_dim: their token axis; rotary_text: whether they begin with rows for
-    the prompt. times: the block's argument that may hold one time embedding a token. output: which of a block's
-    outputs are the latent's tokens, None if there is one output only. projections: layers that see the prompt alone.
-    frames_first: a latent is [B, T, C, H, W]. guidance: whether pipelines compute its branches by a call each or by
-    one batch.
+    blocks: its block lists, in order. attention: names of a block's attentions among the latent's tokens; readers: of
+    further ones whose keys these are; cross: of those that see the prompt alone. feed_forward: names
+    of its modules that see every token by itself. text: where the prompt's tokens stand among the tokens of these, if they are there. rotary: names that a block's argument
+    with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
+    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
+    hold one time embedding a token; apart: those that treat some tokens unlike others. skipped: an attention's argument
+    that says that it does not attend. companion: whether another stream runs along, which needs every step. output:
+    which of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see
+    the prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
+    compute its branches by a call each or by one batch; prompt_first: the one with the prompt, or class, then leads.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention: tuple[str, ...] = ("attn1",)
     cross: tuple[str, ...] = ()
-    mlp: tuple[str, ...] = ("ff",)
+    readers: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = ("ff",)
     text: Literal["none", "first", "last"] = "none"
     rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
     rotary_text: bool = False
-    times: str = ""
+    times: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    skipped: str = ""
+    companion: bool = False
     output: int | None = None
     projections: tuple[str, ...] = ()
     frames_first: bool = False
+    packed: bool = False
     guidance: Literal["calls", "batch"] = "batch"
+    prompt_first: bool = False
 
     @property
-    def one_choice(self) -> bool:
-        """Whether all clips of a batch must compute the same tokens, as their rotary tables have no batch axis."""
-        return bool(self.rotary) and self.rotary_dim == 0
+    def keeping(self) -> tuple[str, ...]:
+        """Names of all attentions whose keys are the latent's tokens."""
+        return self.attention + self.readers
 
 
 _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), cross=("attn2",), mlp=("ffn",), rotary=("rotary_emb",), times="temb",
+        blocks=("blocks",), cross=("attn2",), feed_forward=("ffn",), rotary=("rotary_emb",), times=("temb",),
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
     "LTXVideoTransformer3DModel": Layout(
-        cross=("attn2",), rotary=("image_rotary_emb",), times="temb", projections=_CROSS
+        cross=("attn2",), rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS, packed=True,
+    ),
+    # what its layers make of the prompt may depend on the time
+    "LTX2VideoTransformer3DModel": Layout(
+        readers=("video_to_audio_attn",), rotary=("video_rotary_emb", "ca_video_rotary_emb"),
+        times=("temb", "temb_ca_scale_shift", "temb_ca_gate"), apart=("self_attention_mask",),
+        skipped="all_perturbed", companion=True, output=0, packed=True,
     ),
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
-        rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0, guidance="calls",
+        apart=("token_replace_emb",), rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0,
+        guidance="calls",
     ),
     "CogVideoXTransformer3DModel": Layout(
         text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0, frames_first=True,
     ),
     "FluxTransformer2DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
-        rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls",
+        rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls", packed=True,
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
     "PixArtTransformer2DModel": Layout(cross=("attn2",), projections=_CROSS),
-    "DiTTransformer2DModel": Layout(),
+    "DiTTransformer2DModel": Layout(prompt_first=True),
 }  # fmt: skip
 
 
@@ -121,7 +137,9 @@ class Diffusion:
         """
         if self.family not in _LAYOUTS:
             raise AdapterError(f"no token layout is known for {self.family}; known are {', '.join(_LAYOUTS)}.")
-        return _LAYOUTS[self.family]
+        layout = _LAYOUTS[self.family]
+        split = self.transformer.config.get("rope_type") == "split"  # tables are then [B, heads, N, d / 2]
+        return replace(layout, rotary_dim=2) if split else layout
 
     def blocks(self, transformer: Any) -> dict[str, Any]:
         """The blocks of one of the transformers, by name, in the order in which they run."""
@@ -130,6 +148,11 @@ class Diffusion:
             for name in self.layout.blocks
             for index, block in enumerate(getattr(transformer, name))
         }
+
+    def width(self, transformer: Any, attention: Any) -> int:
+        """Numbers that the keys of a token have in an attention of a transformer, over all heads."""
+        config = transformer.config
+        return getattr(attention, "inner_kv_dim", None) or config.num_attention_heads * config.attention_head_dim
 
     def arguments(self, transformer: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments of a call of a transformer, by name."""
@@ -147,9 +170,26 @@ class Diffusion:
             sizes = (*(depth,) * (axes - len(sizes)), *sizes)
         return sizes
 
+    def grid(self, transformer: Any, given: dict[str, Any]) -> tuple[int, ...]:
+        """Tokens along (time,) height and width of the latents of a call; (N,) where it does not say."""
+        latents = given["hidden_states"]
+        if latents.ndim > 3:
+            sizes = [*latents.shape[2:]] if not self.layout.frames_first else [latents.shape[1], *latents.shape[3:]]
+        elif given.get("img_ids") is not None:
+            sizes = [int(axis) + 1 for axis in (given["img_ids"].amax(0) - given["img_ids"].amin(0))[1:]]
+        else:
+            sizes = [given.get(name) or 0 for name in ("num_frames", "height", "width")]
+        patch = self.patch(transformer, latents) or (1,) * len(sizes)
+        counts = tuple(size // part for size, part in zip(sizes, patch, strict=True))
+        known = latents.ndim > 3 or math.prod(counts) == latents.shape[1]
+        return counts if known else (latents.shape[1],)
+
     def parts(self, latents: Tensor) -> int:
         """How many guidance branches a batch of the transformer holds: 2 where they are computed in one call."""
         if self.pipeline is None or self.layout.guidance == "calls" or latents.shape[0] % 2:
+            return 1
+        scale = getattr(self.pipeline, "_guidance_scale", None)
+        if scale is not None and scale <= 1 and not getattr(self.pipeline, "do_classifier_free_guidance", False):
             return 1
         # not every pipeline keeps a note of its guidance, but all give both branches the same latents
         first, second = latents.chunk(2)
@@ -169,3 +209,8 @@ class Diffusion:
             if second is not None:
                 return second
         return getattr(pipeline, "_guidance_scale", None)
+
+    def branches(self) -> int:
+        """How often the running call gives each step to the transformer, as far as the pipeline says."""
+        separate = self.layout.guidance == "calls" and getattr(self.pipeline, "do_classifier_free_guidance", False)
+        return 2 if separate else 1

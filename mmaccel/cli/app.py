@@ -129,7 +129,15 @@ def generate(
     model: Annotated[
         str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
     ] = "tiny",
-    method: Specs = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="A method such as 'hsa:runtime=0.5', or the file that 'mmaccel calibrate' wrote. Several are put on "
+            "together.",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Dense beside accelerated; hsa:runtime=0.5 if no method is given.")
     ] = False,
@@ -155,6 +163,47 @@ def generate(
         command.run(
             terminal, prompt, source=model, specs=method or [], both=compare, out=out, seed=seed, steps=steps,
             guidance=guidance, sides=command.size(size, height, width), frames=frames, fps=fps, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompts", "-p", help="A prompt, or a file with one a line. May be given several times."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
+    ] = "tiny",
+    runtime: Annotated[float, typer.Option(help="Largest share of the dense transformer's work, 0 to 1.")] = 0.5,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="A name to search, or a spec to try; all that fit if not given."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File for 'mmaccel generate --method'.")] = Path("calibration.json"),
+    everything: Annotated[bool, typer.Option("--all", help="Show all that was tried.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise of the first prompt.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the diffusion method, and its setting, that is nearest to the dense result at a share of its work."""
+    from mmaccel.cli import calibrate as command
+    from mmaccel.cli.generate import size as size_of
+
+    with Terminal(json) as terminal:
+        command.run(
+            terminal, prompts or [], source=model, runtime=runtime, specs=method or [], out=out, everything=everything,
+            seed=seed, steps=steps, guidance=guidance, sides=size_of(size, height, width), frames=frames, dtype=dtype,
             device=device,
         )  # fmt: skip
 

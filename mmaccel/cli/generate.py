@@ -52,7 +52,8 @@ def run(
         from mmaccel.tiny.stories import parse
 
         prompt = str(parse(prompt))
-    methods = _methods(specs, both)
+    calibrations = _calibrations(specs)
+    methods = _methods([calibrations.get(spec, spec) for spec in specs], both)
     _check_folder(out or Path("clip"))
 
     from mmaccel.cli.pipelines import Request, load_pipeline, make, save
@@ -61,10 +62,14 @@ def run(
     path = _file(out, pipeline.video)
     height, width = sides
     request = Request(prompt, seed, steps, guidance, height, width, frames)
-    request.arguments(pipeline)
+    count = request.arguments(pipeline).get("num_inference_steps")
     _check_fit(pipeline, methods)
+    for calibration in calibrations.values():
+        calibration.method_for(pipeline.pipe, steps=count)
 
-    stack = "+".join(method.spec for method in methods)
+    from mmaccel.measure.calibrated import label
+
+    stack = "+".join(map(label, methods))
     wanted = ([("dense", [])] if both or not methods else []) + ([(stack, methods)] if methods else [])
     runs: dict[str, Made] = {}
     with terminal.progress() as progress:
@@ -114,9 +119,16 @@ def beside(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(parts), axis=2)
 
 
-def _methods(specs: Sequence[str], both: bool) -> list[Any]:
+def _calibrations(specs: Sequence[str]) -> dict[str, Any]:
+    from mmaccel.measure.calibrated import Calibration
+
+    return {spec: Calibration.load(spec) for spec in specs if spec.endswith(".json")}
+
+
+def _methods(specs: Sequence[Any], both: bool) -> list[Any]:
     from mmaccel.compose import arrange, check, normalise
 
+    specs = [getattr(spec, "method", spec) for spec in specs]
     wanted = list(specs) or ([DEFAULT] if both else [])
     methods = arrange(normalise(wanted)) if wanted else []
     check(methods, [])

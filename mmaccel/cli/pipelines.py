@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack, nullcontext, suppress
+import math
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from mmaccel.cli.terminal import one_line
 from mmaccel.errors import MMAccelError, NonFiniteError, NotApplicableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
 
-__all__ = ["EMBEDDED", "Made", "Pipeline", "Request", "load_pipeline", "make", "measured", "save", "warm"]
+__all__ = ["EMBEDDED", "Made", "Pipeline", "Request", "load_pipeline", "make", "measured", "refusals", "save", "warm"]
 
 EMBEDDED = "embedded text-to-video model (3.2 M parameters, knows only the rendered world it was trained on)"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -64,6 +65,8 @@ class Request:
             "--height": ("height", self.height), "--width": ("width", self.width),
             "--frames": ("num_frames", self.frames),
         }  # fmt: skip
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise MMAccelError(f"--guidance {self.guidance} is no number to scale by.")
         found = dict(pipeline.defaults)
         for option, (name, value) in wanted.items():
             if value is None:
@@ -223,17 +226,30 @@ def measured(pipeline: Pipeline, request: Request) -> Made:
 def _call(pipeline: Pipeline, seed: int, arguments: dict[str, Any]) -> Any:
     import torch
 
-    try:
+    with refusals(pipeline.label):
         # on the host, so that a seed means the same noise on every device
         return pipeline.pipe(generator=torch.Generator().manual_seed(seed), **arguments)
+
+
+@contextmanager
+def refusals(label: str) -> Iterator[None]:
+    """What a pipeline says to a request, or memory that does not suffice, as one line that names it.
+
+    Raises:
+        MMAccelError: instead of ValueError, TypeError and out of memory inside the block.
+    """
+    import torch
+
+    try:
+        yield
     except MMAccelError:
         raise
     except torch.OutOfMemoryError as error:
         raise MMAccelError(
-            f"{pipeline.label}: {one_line(error)[:200]} Ask for a smaller --size, fewer --frames or --dtype bfloat16."
+            f"{label}: {one_line(error)[:200]} Ask for a smaller --size, fewer --frames or --dtype bfloat16."
         ) from error
     except (ValueError, TypeError) as error:
-        raise MMAccelError(f"{pipeline.label} refuses this request: {one_line(error)[:400]}") from error
+        raise MMAccelError(f"{label} refuses this request: {one_line(error)[:400]}") from error
 
 
 def _pixels(found: Any, label: str) -> np.ndarray:

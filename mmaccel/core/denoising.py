@@ -25,8 +25,9 @@ class Denoising:
     """Counts the steps of sampling runs; knows no model, needs no reset and no cache context.
 
     A run begins when the scheduler has a new table of timesteps, when the timestep goes up, or when the shape of the
-    latents changes. A step begins when the timestep or the scheduler's own index changes; further calls in it are
-    further branches of guidance. `scheduler` gives the scheduler of the moment.
+    latents changes from step to step. A step begins when the timestep or the scheduler's own index changes; further
+    calls in it are further branches of guidance, which may have a batch of their own. `scheduler` gives the scheduler
+    of the moment.
     """
 
     def __init__(self, scheduler: Callable[[], Any]) -> None:
@@ -44,7 +45,8 @@ class Denoising:
         key = (time, getattr(scheduler, "step_index", None))
         # an index that was not set yet is the first one; that is no new step
         same = key == self._key or (time == self._key[0] and self._key[1] is None)
-        fresh = table is not self._table or tuple(latents.shape) != self._shape or time > self._key[0]
+        other = not same and tuple(latents.shape) != self._shape
+        fresh = table is not self._table or time > self._key[0] or other
         if fresh:
             self._table, self._shape, self._step, self._branch = table, tuple(latents.shape), 0, 0
         elif same:

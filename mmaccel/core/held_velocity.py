@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from mmaccel.core.denoising import Call, Denoising
 from mmaccel.core.free_memory import free_memory
+from mmaccel.core.latent_input import LatentInput
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues
-from mmaccel.core.token_rows import TokenRows, latent_tokens, token_grid, token_mask
+from mmaccel.core.token_rows import TokenRows
 from mmaccel.errors import MethodError, NonFiniteError
 from mmaccel.report import Report
-from mmaccel.tokens.signals import change
-from mmaccel.tokens.steps import StepPlan
+from mmaccel.tokens.steps import Plan
 
 __all__ = ["HeldVelocity", "Storage"]
 
@@ -48,10 +47,13 @@ class Storage:
 
 @dataclass
 class _Branch:
-    """What a branch of guidance holds: its last velocity, what was expected for it, how fast it changes, since when."""
+    """What a branch of guidance holds: its last velocity, how fast it changes, since when; `prompt` names a text.
 
+    step: when it was called last; a branch may pause, and begins again with a whole step.
+    """
+
+    step: int = -1
     last: Tensor | None = None
-    before: Tensor | None = None
     slope: Tensor | None = None
     since: Tensor | None = None
     kept: dict[str, KeysValues] = field(default_factory=dict)
@@ -61,13 +63,12 @@ class _Branch:
 
 @dataclass
 class _Run:
-    plan: StepPlan
+    plan: Plan
+    active: Tensor
     transformer: Any = None
     whole: int = -1
     branches: dict[int, _Branch] = field(default_factory=dict)
-    tokens: int = 0
-    parts: int = 1
-    active: Tensor | None = None
+    checked: int = 0
     order: Tensor | None = None
 
 
@@ -78,13 +79,14 @@ class HeldVelocity:
     """
 
     def __init__(
-        self, site: Any, report: Report, name: str, plan: Callable[[int], StepPlan], order: int, storage: Storage
+        self, site: Any, report: Report, name: str, plan: Callable[[int], Plan], order: int, storage: Storage
     ) -> None:
         self.site, self.report, self.name, self.plan = site, report, name, plan
         self.order, self.storage = order, storage
         self._steps = Denoising(lambda: site.scheduler)
         self._run: _Run | None = None
         self._text: dict[Any, Tensor] | None = None
+        self._told = ""
 
     def install(self, patcher: Patcher) -> None:
         """Put the hooks on every transformer of the pipeline."""
@@ -117,180 +119,185 @@ class HeldVelocity:
 
     def _around(self, transformer: Any, rows: TokenRows) -> Callable[..., Any]:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
-            given = self.site.arguments(transformer, args, kwargs)
-            at = self._steps.call(given["timestep"], given["hidden_states"])
-            run = self._begin(at, transformer, given)
+            given = LatentInput(self.site, transformer, self.site.arguments(transformer, args, kwargs))
+            at = self._steps.call(given.time, given.latents)
+            run = self._begin(at, given)
             branch = run.branches.setdefault(at.branch, _Branch())
-            self._text = self._known_text(branch, given)
+            self._text = self._known_text(branch, given.given)
             try:
                 with rows:
-                    return self._step(call, args, kwargs, given, run, branch, at, transformer, rows)
+                    return self._step(lambda: call(*args, **kwargs), given, run, branch, at, rows)
             finally:
-                if at.step + 1 >= at.total and at.branch + 1 >= len(run.branches):
+                if at.step + 1 >= at.total and all(other.step != at.step - 1 for other in run.branches.values()):
                     self._run = None  # nothing is held from one call of the pipeline to the next
                 self._text = None
 
         return around
 
-    def _begin(self, at: Call, transformer: Any, given: dict[str, Any]) -> _Run:
+    def _begin(self, at: Call, given: LatentInput) -> _Run:
         if at.fresh or self._run is None:
             self._run = None  # what is held goes before anything new comes
-            if not torch.isfinite(given["hidden_states"]).all():
+            if not torch.isfinite(given.latents).all():
                 raise NonFiniteError(
                     "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
                 )
-            self._run = _Run(self.plan(at.total), transformer)
+            plan = self.plan(at.total)
+            self._run = _Run(plan, plan.active(given.count), given.transformer)
         run = self._run
-        if run.transformer is not transformer:
-            run.transformer, run.whole = transformer, at.step
+        if run.transformer is not given.transformer:
+            run.transformer, run.whole = given.transformer, at.step
+            run.checked = 0
             for branch in run.branches.values():
                 branch.kept, branch.text, branch.prompt = {}, {}, ()
         return run
 
     def _known_text(self, branch: _Branch, given: dict[str, Any]) -> dict[Any, Tensor] | None:
-        prompt = tuple(given.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_image"))
+        prompt = [given.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_image")]
         if torch.is_grad_enabled() or given.get("attention_kwargs") or given.get("cross_attention_kwargs"):
             return None
-        if len(prompt) != len(branch.prompt) or any(a is not b for a, b in zip(prompt, branch.prompt, strict=True)):
-            branch.prompt, branch.text = prompt, {}
+        if any(isinstance(part, Tensor) and part.is_inference() for part in prompt):
+            return None  # a change in place would not be seen
+        # the version of a tensor counts its changes in place
+        known = tuple((part, part._version if isinstance(part, Tensor) else 0) for part in prompt)
+        if len(known) != len(branch.prompt) or any(
+            a is not b or old != new for (a, old), (b, new) in zip(known, branch.prompt, strict=True)
+        ):
+            branch.prompt, branch.text = known, {}
         return branch.text
 
     def _rows(self, run: _Run, step: int) -> Tensor | None:
         """Places in the order of need that a step computes, None for all."""
-        if not run.plan.first <= step < run.plan.steps - run.plan.last or step == run.whole:
+        chosen = run.active[step]
+        if step == run.whole or chosen.all():
             return None
-        if run.active is None:
-            run.active = run.plan.active(run.tokens)
-        chosen = run.active[step - run.plan.first]
-        return None if chosen.all() else chosen.nonzero()[:, 0]
+        if self.site.layout.companion and not chosen.any():
+            return torch.zeros(1, dtype=torch.int64)  # what runs along needs the step
+        return chosen.nonzero()[:, 0]
 
     def _step(
-        self, call: Any, args: Any, kwargs: Any, given: dict[str, Any], run: _Run, branch: _Branch, at: Call,
-        transformer: Any, rows: TokenRows,
-    ) -> Any:  # fmt: skip
-        latents, time = given["hidden_states"], given["timestep"]
-        frames_first = self.site.layout.frames_first
-        patch = self.site.patch(transformer, latents)
-        rows.tokens = run.tokens = math.prod(token_grid(latents, patch, frames_first))
+        self, call: Callable[[], Any], given: LatentInput, run: _Run, branch: _Branch, at: Call, rows: TokenRows
+    ) -> Any:
+        rows.tokens = run.active.shape[1]
         chosen = self._rows(run, at.step)
-        count = run.tokens if chosen is None else len(chosen)
-        self.report.count(self.name, "transformer", run.tokens, count)
+        whole = chosen is None
+        if branch.last is None or branch.step != at.step - 1:
+            chosen = None
+        branch.step = at.step
+        self.report.count(self.name, "transformer", rows.tokens, rows.tokens if chosen is None else len(chosen))
         if chosen is None:
-            ahead = range(at.step + 1, run.plan.steps)
-            if all(self._rows(run, step) is None for step in ahead):
-                branch.kept = {}
-            elif self._rows(run, at.step + 1) is not None and not branch.kept:
-                self._allocate(run, branch, at, run.tokens, latents, transformer)
-            rows.kept, run.order = branch.kept, None
-            output = call(*args, **kwargs)
-            self._whole(branch, _velocity(output)[0], time)
+            self._keep_or_free(run, branch, at, given)
+            rows.kept = branch.kept
+            if whole:
+                run.order = None
+            output = call()
+            self._whole(branch, _velocity(output)[0], given.now)
             return output
+        if not len(chosen):
+            held = self._merge(branch, None, None, given.now)
+            return (held,) if given.given.get("return_dict") is False else self.site.output(held)
         if run.order is None:
-            self._score(run, latents, time, patch, frames_first, transformer)
-        assert run.order is not None
-        if not count:
-            held = self._merge(branch, None, None, time)
-            return (held,) if given.get("return_dict") is False else self.site.output(held)
+            run.order = self._order(run, given)
         rows.kept = branch.kept
-        rows.rows = self._places(run, chosen, latents)
-        velocity, rebuild = _velocity(call(*args, **kwargs))
-        computed = torch.zeros(rows.rows.shape[0], run.tokens, dtype=torch.bool, device=velocity.device)
-        computed.scatter_(1, rows.rows, value=True)
-        return rebuild(self._merge(branch, velocity, token_mask(computed, velocity, patch, frames_first), time))
+        rows.rows = _places(run.order, chosen, given.latents)
+        velocity, rebuild = _velocity(call())
+        return rebuild(self._merge(branch, velocity, given.mask(rows.rows, velocity), given.now))
 
-    def _places(self, run: _Run, chosen: Tensor, latents: Tensor) -> Tensor:
-        assert run.order is not None
-        rows = run.order.index_select(1, chosen.to(run.order.device)).sort(1).values
-        return rows if rows.shape[0] in (1, latents.shape[0]) else rows.repeat(run.parts, 1)
+    def _keep_or_free(self, run: _Run, branch: _Branch, at: Call, given: LatentInput) -> None:
+        """Keys and values are stored where some, not all, of the tokens are computed before the next whole step."""
+        ahead = [self._rows(run, step) for step in range(at.step + 1, run.plan.steps)]
+        following = next((step for step, rows in enumerate(ahead) if rows is None), len(ahead))
+        if not any(rows is not None and len(rows) for rows in ahead):
+            branch.kept = {}
+        elif any(rows is not None and len(rows) for rows in ahead[:following]) and not branch.kept:
+            self._allocate(run, branch, at, given)
 
-    def _whole(self, branch: _Branch, velocity: Tensor, time: Tensor) -> None:
-        now = time.detach().float().max()
-        branch.before = branch.last
-        if self.order and branch.last is not None and branch.since is not None:
-            gap = _gap(now - branch.since).to(velocity.dtype)
-            if branch.slope is not None:
-                branch.before = branch.last + branch.slope * gap
-            branch.slope = (velocity - branch.last) / gap
+    def _whole(self, branch: _Branch, velocity: Tensor, now: Tensor) -> None:
+        if branch.last is not None and branch.since is not None:
+            branch.slope = (velocity.detach() - branch.last) / _gap(now - branch.since).to(velocity.dtype)
         branch.last = velocity.detach().clone()
         branch.since = now
 
-    def _merge(self, branch: _Branch, velocity: Tensor | None, mask: Tensor | None, time: Tensor) -> Tensor:
-        last = branch.last
+    def _merge(self, branch: _Branch, velocity: Tensor | None, mask: Tensor | None, now: Tensor) -> Tensor:
+        last, since, slope = branch.last, branch.since, branch.slope
         assert last is not None
-        if not self.order or branch.slope is None or branch.since is None:
-            if velocity is not None and mask is not None:
-                branch.last = last = torch.where(mask, velocity, last)
-            return last.clone()
-        now = time.detach().float().max()
-        gap = _gap(now - branch.since).to(last.dtype)
-        held = last + branch.slope * gap
+        assert since is not None
+        gap = _gap(now - since).to(last.dtype)
+        held = last + slope * gap if self.order and slope is not None else last.clone()
         if velocity is None or mask is None:
             return held
-        branch.slope = torch.where(mask, (velocity - last) / gap, branch.slope)
+        steeper = torch.zeros_like(last) if slope is None else slope
+        branch.slope = torch.where(mask, (velocity - last) / gap, steeper)
         branch.last = torch.where(mask, velocity, last)
-        branch.since = torch.where(mask, now, branch.since)
+        branch.since = torch.where(mask, now, since)
         return torch.where(mask, velocity, held)
 
-    def _score(
-        self, run: _Run, latents: Tensor, time: Tensor, patch: tuple[int, ...], frames_first: bool, transformer: Any
-    ) -> None:
-        run.parts = self.site.parts(latents)
-        score = self._need(run, run.parts, patch, frames_first, transformer)
+    def _order(self, run: _Run, given: LatentInput) -> Tensor:
+        """The tokens, those in need first: int64 [B or 1, N]."""
+        score = self._need(run, given)
+        time = given.time
         if time.ndim == 2 and time.shape[1] == score.shape[1]:
             score = score.masked_fill(time[: score.shape[0]] == 0, -1.0)
-        if self.site.layout.one_choice:
-            score = score.mean(0, keepdim=True)
-        run.order = score.sort(dim=1, descending=True, stable=True).indices
+        return score.sort(dim=1, descending=True, stable=True).indices
 
-    def _need(self, run: _Run, parts: int, patch: tuple[int, ...], frames_first: bool, transformer: Any) -> Tensor:
-        """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls."""
-        held = [run.branches[index] for index in sorted(run.branches)]
-        scale = self.site.guidance(transformer)
-        sides = []
-        for name in ("before", "last"):
-            values = [latent_tokens(getattr(branch, name).float(), patch, frames_first) for branch in held]
-            if len(values) == 2 and scale is not None:
-                values = [values[1] + scale * (values[0] - values[1])]
-            sides.append(torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1))
-        score = change(sides[1], sides[0])
+    def _need(self, run: _Run, given: LatentInput) -> Tensor:
+        """How fast each token's velocity changes, float32 [B, N]: of the guided velocity where branches are calls.
+
+        Before a second velocity is known, its size stands for its change: what is large has more to change. Branches
+        with another batch than the first one, or that have just begun, have no say.
+        """
+        held = [run.branches[index] for index in sorted(run.branches) if run.branches[index].last is not None]
+        held = [branch for branch in held if _items(branch) == _items(held[0])]
+        held = [branch for branch in held if held[0].slope is None or branch.slope is not None]
+        scale = self.site.guidance(given.transformer)
+        values = []
+        for branch in held:
+            value = branch.last if held[0].slope is None else branch.slope
+            assert value is not None
+            values.append(given.tokens(value))
+        if len(values) == 2 and scale is not None:
+            values = [values[1] + scale * (values[0] - values[1])]
+        parts = self.site.parts(given.latents)
+        score = torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1).norm(dim=-1)
         if not torch.isfinite(score).all():
             raise NonFiniteError(
                 "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
             )
         return score
 
-    def _allocate(self, run: _Run, branch: _Branch, at: Call, tokens: int, latents: Tensor, transformer: Any) -> None:
-        attentions = [
-            f"{name}.{attribute}"
-            for name, block in self.site.blocks(transformer).items()
-            for attribute in self.site.layout.attention
+    def _allocate(self, run: _Run, branch: _Branch, at: Call, given: LatentInput) -> None:
+        attentions = {
+            f"{name}.{attribute}": self.site.width(given.transformer, getattr(block, attribute))
+            for name, block in self.site.blocks(given.transformer).items()
+            for attribute in self.site.layout.keeping
             if getattr(block, attribute, None) is not None
-        ]
-        dtype = latents.dtype
-        if at.branch == 0:
-            self._check_memory(
-                len(attentions), tokens * latents.shape[0] * len(run.branches), dtype, latents, transformer
-            )
+        }
+        dtype = given.latents.dtype
+        if at.branch >= run.checked:
+            expected = max(self.site.branches() if at.branch == 0 else 1, len(run.branches) - run.checked)
+            self._check_memory(attentions, expected, given)
+            run.checked += expected
         target = self.storage.dtype(dtype)
         device = "cpu" if self.storage.offload else None
         branch.kept = {
-            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen(attentions)
+            name: KeysValues(target if target != dtype else None, device) for name in self.storage.chosen([*attentions])
         }
 
-    def _check_memory(self, layers: int, tokens: int, dtype: torch.dtype, latents: Tensor, transformer: Any) -> None:
-        config = transformer.config
-        numbers = 2 * layers * tokens * config.num_attention_heads * config.attention_head_dim
+    def _check_memory(self, widths: dict[str, int], branches: int, given: LatentInput) -> None:
+        latents, dtype = given.latents, given.latents.dtype
+        tokens = given.count * latents.shape[0] * branches
         device = torch.device("cpu") if self.storage.offload else latents.device
         free = free_memory(device)
 
         def size(storage: Storage) -> int:
-            share = len(storage.chosen(list(map(str, range(layers))))) / layers
-            return int(numbers * share * storage.dtype(dtype).itemsize)
+            return 2 * tokens * storage.dtype(dtype).itemsize * sum(widths[name] for name in storage.chosen([*widths]))
 
         wanted = size(self.storage)
-        text = f"{wanted / 1e9:.3g} GB for keys and values of {layers} attentions on {device}"
+        text = f"{wanted / 1e9:.3g} GB for keys and values of {len(widths)} attentions on {device}"
         self.report.events["memory of keys and values"] = text
-        logger.info("%s: %s, %s free", self.name, text, "unknown" if free is None else f"{free / 1e9:.3g} GB")
+        if text != self._told:
+            # a warning is what Python prints where nobody has set logging up
+            logger.warning("%s: %s, %s free", self.name, text, "unknown" if free is None else f"{free / 1e9:.3g} GB")
+            self._told = text
         if free is None or wanted <= free:
             return
         choices = [Storage(p, share) for p in ("full", "half", "fp8") for share in (1.0, 0.5, 0.25)]
@@ -307,6 +314,15 @@ class HeldVelocity:
         )
 
 
+def _places(order: Tensor, chosen: Tensor, latents: Tensor) -> Tensor:
+    rows = order.index_select(1, chosen.to(order.device)).sort(1).values
+    return rows if rows.shape[0] == 1 else rows.repeat(latents.shape[0] // rows.shape[0], 1)
+
+
+def _items(branch: _Branch) -> int:
+    return 0 if branch.last is None else branch.last.shape[0]
+
+
 def _gap(times: Any) -> Any:
     return torch.where(times == 0, torch.ones_like(times), times)
 
@@ -314,7 +330,7 @@ def _gap(times: Any) -> Any:
 def _velocity(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, tuple):
         return output[0], lambda value: (value, *output[1:])
-    return output.sample, lambda value: type(output)(sample=value)
+    return output.sample, lambda value: type(output)(**{**output, "sample": value})
 
 
 def _inside(block: Any, path: str) -> Any:

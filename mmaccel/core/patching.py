@@ -12,7 +12,7 @@ from torch import nn
 
 from mmaccel.errors import MMAccelError
 
-__all__ = ["Chain", "Patcher", "forget_compiled", "refuse_copies", "shared"]
+__all__ = ["Chain", "Patcher", "forget_compiled", "refuse_copies", "settle", "shared"]
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ class _Layers:
 class Chain:
     """A callable put over a bound method; calls its wrappers, newest outermost, and the original innermost."""
 
-    def __init__(self, original: Callable[..., Any], own: Any) -> None:
+    def __init__(self, original: Callable[..., Any], own: Any, place: tuple[int, str]) -> None:
         functools.update_wrapper(self, original)
-        self.original, self.own = original, own
+        self.original, self.own, self.place = original, own, place
         self.wrappers: list[Callable[..., Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,8 +105,9 @@ class Patcher:
     def wrap(self, obj: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original, *args, **kwargs)` wherever the method `name` of this one object is called."""
         chain = vars(obj).get(name)
-        if not isinstance(chain, Chain):
-            chain = Chain(getattr(obj, name), vars(obj).get(name, _ABSENT))
+        # libraries move what they find: a chain of another object is a callable like any other
+        if not isinstance(chain, Chain) or chain.place != (id(obj), name):
+            chain = Chain(getattr(obj, name), vars(obj).get(name, _ABSENT), (id(obj), name))
             vars(obj)[name] = chain
         chain.wrappers.append(wrapper)
         reference = weakref.ref(obj)
@@ -170,7 +171,14 @@ def _unshare(obj: Any, kind: type) -> None:
 def _unwrap(obj: Any, name: str, chain: Chain, wrapper: Callable[..., Any]) -> None:
     chain.wrappers.remove(wrapper)
     # Somebody may have wrapped our chain since; an empty chain is a plain call of the original, so it may stay there.
-    if obj is None or chain.wrappers or vars(obj).get(name) is not chain:
+    if obj is not None and vars(obj).get(name) is chain:
+        settle(obj, name)
+
+
+def settle(obj: Any, name: str) -> None:
+    """Take an empty chain off `obj`: one that was under somebody's wrapper when its last wrapper went."""
+    chain = vars(obj).get(name)
+    if not isinstance(chain, Chain) or chain.wrappers or chain.place != (id(obj), name):
         return
     if chain.own is _ABSENT:
         del vars(obj)[name]

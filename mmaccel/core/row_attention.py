@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmaccel.errors import NotApplicableError
 
-__all__ = ["KeysValues", "RowAttention"]
+__all__ = ["KeysValues", "RowAttention", "rotated"]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -74,33 +74,87 @@ def _fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, heads, S, d] by tables [B, S, d], computed in float32 (RoFormer, 2021)."""
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], -1).flatten(-2)
+    return (x.float() * cos[:, None].float() + turned * sin[:, None].float()).to(x.dtype)
+
+
 class RowAttention(TorchFunctionMode):
     """Within this block `scaled_dot_product_attention` sees the keys and values of all N tokens.
 
-    rows: int64 [B or 1, m], the tokens that are computed, None for all (their keys and values are then stored).
-    tokens: N. text: where keys of the prompt stand, which are always fresh.
+    kept: None leaves the keys and values as they are. rows: int64 [B or 1, m], the tokens that are computed, None for
+    all (their keys and values are then stored). tokens: N. text: where keys of the prompt stand, which are always
+    fresh. A mask is cut to the queries and keys that there are. tables: (cos, sin) [B, S, d] that queries and keys
+    have still to be turned by, all S of them or those of the latent; for models whose tables have no batch axis.
+    sizes: float32 [B, m], how many tokens each of the rows stands for; as keys they count as often.
     """
 
-    def __init__(self, kept: KeysValues | None, rows: Tensor | None, tokens: int, text: str) -> None:
+    def __init__(
+        self, kept: KeysValues | None, rows: Tensor | None, tokens: int, text: str,
+        tables: tuple[Tensor, Tensor] | None = None, sizes: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.kept, self.rows, self.tokens, self.text = kept, rows, tokens, text
+        self.tables, self.sizes = tables, sizes
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass every function on, and this one with other keys and values."""
         kwargs = kwargs or {}
-        if func is not _SDPA or self.kept is None:
+        if func is not _SDPA:
             return func(*args, **kwargs)
         self.calls += 1
-        names = ("query", "key", "value")
+        names = ("query", "key", "value", "attn_mask")
         given = {**dict(zip(names, args, strict=False)), **{n: kwargs[n] for n in names if n in kwargs}}
         rest = {name: value for name, value in kwargs.items() if name not in names}
-        keys, values = self._keys(given["key"], given["value"])
-        return func(given["query"], keys, values, *args[3:], **rest)
+        query, key, value = self._rotated(given["query"]), self._rotated(given["key"]), given["value"]
+        extra = key.shape[2] - (self.tokens if self.rows is None else self.rows.shape[1])
+        if self.kept is not None:
+            key, value = self._keys(key, value, extra)
+        mask = self._mask(given.get("attn_mask"), query.shape[2], key.shape[2], extra)
+        if self.sizes is not None:
+            mask = self._counted(mask, extra, query.dtype)
+        return func(query, key, value, mask, *args[4:], **rest)
 
-    def _keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        present = self.tokens if self.rows is None else self.rows.shape[1]
-        extra = key.shape[2] - present
+    def _mask(self, mask: Tensor | None, queries: int, keys: int, extra: int) -> Tensor | None:
+        """A mask that broadcasts to [B, heads, N + extra, N + extra], for the queries and keys that there are."""
+        if mask is None or self.rows is None:
+            return mask
+        text = torch.arange(extra, device=self.rows.device).expand(self.rows.shape[0], extra)
+        first = self.text == "first"
+        places = torch.cat([text, self.rows + extra] if first else [self.rows, text + self.tokens], 1)[:, None]
+        while mask.ndim < 4:
+            mask = mask[None]
+        for axis, length in ((2, queries), (3, keys)):
+            if mask.shape[axis] not in (1, length):
+                shape = [max(mask.shape[0], len(places)), *mask.shape[1:]]
+                mask = mask.expand(shape)
+                shape[axis] = length
+                index = (places[..., None] if axis == 2 else places[:, :, None]).expand(shape)
+                mask = mask.gather(axis, index.to(mask.device))
+        return mask
+
+    def _counted(self, mask: Tensor | None, extra: int, dtype: torch.dtype) -> Tensor:
+        """The mask with log(size) added for each key."""
+        assert self.sizes is not None
+        pad = (extra, 0) if self.text == "first" else (0, extra)
+        bias = torch.nn.functional.pad(self.sizes.log(), pad)[:, None, None].to(dtype)
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        if self.tables is None:
+            return x
+        count = self.tables[0].shape[1]
+        begin = x.shape[2] - count if self.text == "first" else 0
+        parts = x[:, :, :begin], rotated(x[:, :, begin : begin + count], *self.tables), x[:, :, begin + count :]
+        return torch.cat(parts, dim=2)
+
+    def _keys(self, key: Tensor, value: Tensor, extra: int) -> tuple[Tensor, Tensor]:
+        present = key.shape[2] - extra
         begin = extra if self.text == "first" else 0
         own = slice(begin, begin + present)
         assert self.kept is not None
@@ -118,7 +172,8 @@ class RowAttention(TorchFunctionMode):
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        if exc[0] is None and self.kept is not None and self.calls != 1:
+        needed = any(part is not None for part in (self.kept, self.tables, self.sizes))
+        if exc[0] is None and self.calls != 1 and needed:
             raise NotApplicableError(
                 f"this self-attention called scaled_dot_product_attention {self.calls} times, and 1 call was expected; "
                 "set the attention backend to 'native' and use the model's default attention processors."

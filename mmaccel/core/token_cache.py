@@ -60,9 +60,13 @@ def cached_modules(site: Any, transformer: Any) -> list[Module]:
             f"the self-attentions of {site.family} hold the prompt's tokens beside the latent's, and their outputs "
             "cannot be cached by token; use hsa or first-block-cache."
         )
+    if layout.companion:
+        raise NotApplicableError(
+            f"{site.family} has another stream beside the latent's, which needs all of its tokens."
+        )
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    kinds = {"self-attention": layout.attention, "cross-attention": layout.cross, "mlp": layout.mlp}
+    kinds = {"self-attention": layout.attention, "cross-attention": layout.cross, "mlp": layout.feed_forward}
     found = [
         Module(f"{name}.{attribute}", layer, kind, getattr(block, attribute), width)
         for layer, (name, block) in enumerate(site.blocks(transformer).items())
@@ -181,9 +185,7 @@ class TokenCache:
                 raise NonFiniteError(
                     "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
                 )
-            choice = TokenChoice(
-                self.signals, grid, self.site.parts(latents), one_choice=self.site.layout.one_choice
-            )  # fmt: skip
+            choice = TokenChoice(self.signals, grid, self.site.parts(latents))
             self._run = _Run(self.plan(at.total, layers), choice, transformer)
         if self._run.transformer is not transformer:
             self._run.transformer = transformer

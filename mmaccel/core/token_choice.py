@@ -31,12 +31,11 @@ class Signals:
 class TokenChoice:
     """The rankings of one run. Only the first branch of guidance is looked at; the others follow it.
 
-    grid: tokens along each axis. parts: branches of guidance that lie in one batch. one_choice: all items of a batch
-    compute the same tokens.
+    grid: tokens along each axis. parts: branches of guidance that lie in one batch.
     """
 
-    def __init__(self, signals: Signals, grid: tuple[int, ...], parts: int, *, one_choice: bool) -> None:
-        self.signals, self.grid, self.parts, self.one_choice = signals, grid, parts, one_choice
+    def __init__(self, signals: Signals, grid: tuple[int, ...], parts: int) -> None:
+        self.signals, self.grid, self.parts = signals, grid, parts
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
         self._order: dict[str, Tensor] = {}
         self._rows: dict[tuple[str, int], Tensor] = {}
@@ -75,8 +74,6 @@ class TokenChoice:
         scores = refresh_scores(states, reference, age, staleness=self.signals.staleness).nan_to_num(0.0)
         if self.parts > 1:
             scores = scores.unflatten(0, (self.parts, -1)).mean(0)
-        if self.one_choice:
-            scores = scores.mean(0, keepdim=True)
         if self.signals.bonus:
             scores = cell_bonus(scores, self.grid, self.signals.cell, self.signals.bonus)
         return scores.sort(dim=1, descending=True, stable=True).indices

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues, RowAttention
+from mmaccel.errors import NotApplicableError
 
-__all__ = ["TokenRows", "latent_tokens", "put_rows", "take_rows", "token_grid", "token_mask"]
+__all__ = ["TokenRows", "latent_tokens", "put_rows", "take_rows", "take_tables", "token_grid", "token_mask"]
 
 
 def latent_tokens(latents: Tensor, patch: tuple[int, ...], frames_first: bool = False) -> Tensor:
@@ -64,7 +65,8 @@ class TokenRows:
         self.rows: Tensor | None = None
         self.tokens = 0
         self.kept: dict[str, KeysValues] = {}
-        self._tables: tuple[Any, Any] = (None, None)
+        self._tables: dict[int, tuple[Any, Any]] = {}  # by the id of tables that are held along with what was taken
+        self._inside: tuple[Tensor, Tensor] | None = None
 
     def install(self, patcher: Patcher, blocks: dict[str, Any]) -> None:
         """Put the hooks on `blocks`, in the order in which they run."""
@@ -73,7 +75,7 @@ class TokenRows:
             patcher.before(block, self._before(block, first=name == names[0]))
             if name == names[-1]:
                 patcher.after(block, self._scatter)
-            for attribute in self.layout.attention:
+            for attribute in self.layout.keeping:
                 attention = getattr(block, attribute, None)
                 if attention is not None:
                     patcher.wrap(attention, "forward", self._attend(f"{name}.{attribute}"))
@@ -82,7 +84,7 @@ class TokenRows:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.rows, self.kept, self._tables = None, {}, (None, None)
+        self.rows, self.kept, self._tables, self._inside = None, {}, {}, None
 
     def _before(self, block: Any, *, first: bool) -> Any:
         signature = inspect.signature(type(block).forward)
@@ -92,36 +94,36 @@ class TokenRows:
                 return None
             bound = signature.bind(block, *args, **kwargs)
             given = bound.arguments
+            for name in self.layout.apart:
+                if given.get(name) is not None:
+                    raise NotApplicableError(
+                        f"the blocks of this call treat some tokens unlike others ({name}), which cannot be done for "
+                        "a part of them; remove the method for such calls."
+                    )
             if first:
                 given["hidden_states"] = take_rows(given["hidden_states"], self.rows, 1)
             for name in self.layout.rotary:
                 if given.get(name) is not None:
                     given[name] = self._rotary(given[name])
-            times = given.get(self.layout.times)
-            if times is not None and times.shape[1] == self.tokens and times.ndim > 2:
-                given[self.layout.times] = take_rows(times, self.rows, 1)
+            for name in self.layout.times:
+                times = given.get(name)
+                if times is not None and times.shape[1] == self.tokens and times.ndim > 2:
+                    given[name] = take_rows(times, self.rows, 1)
             return bound.args[1:], bound.kwargs
 
         return gather
 
     def _rotary(self, tables: Any) -> Any:
-        source, taken = self._tables
-        if source is not tables:
+        """The rows of a pair of tables; None where the attention must apply them, see `RowAttention`."""
+        if id(tables) not in self._tables:
             assert self.rows is not None
-            axis = self.layout.rotary_dim
-            taken = tuple(self._take_table(table, axis) for table in tables)
-            self._tables = tables, taken
-        return taken
-
-    def _take_table(self, table: Tensor, axis: int) -> Tensor:
-        assert self.rows is not None
-        if axis:
-            return take_rows(table, self.rows, axis)
-        head = table.shape[0] - self.tokens if self.layout.rotary_text else 0
-        rows = self.rows[0] + head
-        if head:
-            rows = torch.cat([torch.arange(head, device=rows.device), rows])
-        return table.index_select(0, rows)
+            taken: Any = take_tables(tables, self.rows, self.tokens, self.layout)
+            if not self.layout.rotary_dim:
+                alike = self.rows.shape[0] == 1
+                self._inside = None if alike else taken
+                taken = tuple(table[0] for table in taken) if alike else None
+            self._tables[id(tables)] = tables, taken
+        return self._tables[id(tables)][1]
 
     def _scatter(self, _block: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
         if self.rows is None:
@@ -137,24 +139,40 @@ class TokenRows:
     def _attend(self, name: str) -> Callable[..., Any]:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             kept = self.kept.get(name)
-            if kept is None:
+            skipped = bool(kwargs.get(self.layout.skipped))
+            if skipped or (kept is None and self.rows is None):
                 return call(*args, **kwargs)
-            with RowAttention(kept, self.rows, self.tokens, self.layout.text):
+            with RowAttention(kept, self.rows, self.tokens, self.layout.text, self._inside):
                 return call(*args, **kwargs)
 
         return around
 
 
+def take_tables(tables: Any, rows: Tensor, tokens: int, layout: Any) -> tuple[Tensor, Tensor]:
+    """Rows int64 [B or 1, m] of rotary tables of `tokens` tokens: [B or 1, (text +) m, ...] each.
+
+    tables: as the family has them, [B or 1, N, ...] or, without a batch axis, [(text +) N, d]; rows of the prompt stay.
+    """
+    cos, sin = tables
+    if layout.rotary_dim:
+        return take_rows(cos, rows, layout.rotary_dim), take_rows(sin, rows, layout.rotary_dim)
+    head = cos.shape[0] - tokens if layout.rotary_text else 0
+    rows = torch.cat([torch.arange(head, device=rows.device).expand(rows.shape[0], head), rows + head], 1)
+    return cos[rows], sin[rows]
+
+
 def take_rows(values: Tensor, rows: Tensor, axis: int) -> Tensor:
-    """Rows int64 [B or 1, m] of `values` [B or 1, N, ...] along axis 1."""
+    """Rows int64 [B or 1, m] of `values` [B or 1, ..., N, ...] along `axis`."""
     batch = max(values.shape[0], rows.shape[0])
     if axis == 1 and values.ndim == 3:
         # whole rows are copied many times faster than the same numbers one by one
         flat = values.expand(batch, -1, -1).reshape(-1, values.shape[2])
         return flat.index_select(0, _flat(rows, batch, values.shape[1])).unflatten(0, (batch, rows.shape[1]))
-    shape = (batch, rows.shape[1], *values.shape[2:])
-    index = rows.view(*rows.shape, *[1] * (values.ndim - 2)).expand(shape)
-    return values.expand(batch, *values.shape[1:]).gather(axis, index)
+    shape = [max(values.shape[0], rows.shape[0]), *values.shape[1:]]
+    values = values.expand(shape)
+    shape[axis] = rows.shape[1]
+    index = rows.view(rows.shape[0], *[1] * (axis - 1), rows.shape[1], *[1] * (values.ndim - axis - 1))
+    return values.gather(axis, index.expand(shape))
 
 
 def put_rows(values: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:

@@ -7,17 +7,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmaccel.core.patching import Chain
-from mmaccel.errors import ConflictError, NotApplicableError
+from mmaccel.core.patching import Chain, settle
+from mmaccel.errors import ConflictError, NonFiniteError, NotApplicableError
 from mmaccel.method import Method, Touch
 
 if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
-__all__ = ["STEPS", "Clock", "DiffusersCache", "Installed", "blocks", "count_steps"]
+__all__ = [
+    "STEPS",
+    "TOKENS",
+    "Clock",
+    "DiffusersCache",
+    "Installed",
+    "blocks",
+    "count_steps",
+    "holding",
+    "known_blocks",
+    "one_batch",
+]
 
 STEPS = "on the steps of the diffusion transformer"
+TOKENS = "on the tokens inside the diffusion transformer"
 
 
 def blocks(transformer: Any) -> dict[str, Any]:
@@ -38,22 +50,46 @@ class Installed:
 
     transformer: Any
     hooks: list[tuple[Any, str, Any, Any]]  # module, name, hook, the `forward` that calls it
+    batch: int | None = None
 
     def fresh(self) -> None:
         """Forget what earlier calls left; the context of a call under way stays."""
+        self.batch = None
         for module, _, hook, _ in self.hooks:
             if hook._is_stateful:
-                kept = [(value, value._context) for value in vars(hook).values() if hasattr(value, "set_context")]
+                kept = [(manager, manager._context) for manager in _managers(hook)]
                 hook.reset_state(module)
                 for manager, context in kept:
                     manager.set_context(context)
+
+    @property
+    def named(self) -> bool:
+        """Whether somebody has named the call under way, or nothing in the cache asks for its name."""
+        managers = [manager for _, _, hook, _ in self.hooks for manager in _managers(hook)]
+        return not managers or any(manager._context is not None for manager in managers)
+
+    def name(self, name: str | None) -> None:
+        """Name the call under way, for pipelines that do not; None takes a name of ours away again."""
+        from diffusers.hooks.hooks import CacheContext
+
+        for _, _, hook, _ in self.hooks:
+            for manager in _managers(hook):
+                if name is not None:
+                    manager.set_context(CacheContext(name))
+                elif manager._context is not None and manager._context.name.startswith("call "):
+                    manager.set_context(None)
+
+
+def _managers(hook: Any) -> list[Any]:
+    return [value for value in vars(hook).values() if hasattr(value, "set_context")]
 
 
 class Clock:
     """The timestep of the step under way, on the scale 0 .. 1000, and whether a new sampling has begun.
 
-    A pipeline says so by itself (`current_timestep`). A transformer alone has its argument `timestep`: values up to 1
-    are taken as fractions, and a turn of its direction, or another shape of the latents, begins a new sampling.
+    A pipeline says so by itself (`current_timestep`). Elsewhere there is the argument `timestep`: fractions where the
+    first one of a sampling is 1 at most. A turn of its direction, or another shape of the latents, begins a new
+    sampling for a transformer alone. Calls with the same timestep are numbered by `branch`.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -61,6 +97,8 @@ class Clock:
         self.last: float | None = None
         self.direction = 0
         self.shape: Any = None
+        self.branch = 0
+        self.fractions = False
 
     def __call__(self) -> float:
         """The timestep."""
@@ -70,7 +108,7 @@ class Clock:
             raise NotApplicableError(
                 "this transformer was called without the argument timestep, which the cache needs."
             )
-        return value * 1000 if told is None and value <= 1 else value
+        return value * 1000 if told is None and self.fractions else value
 
     def tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take note of a call of the transformer. Returns whether it begins a new sampling."""
@@ -82,6 +120,9 @@ class Clock:
         step = 0 if self.last is None else (now > self.last) - (now < self.last)
         begun = self.shape not in (None, shape) or (step != 0 and self.direction != 0 and step != self.direction)
         self.direction = 0 if begun else (step or self.direction)
+        self.branch = 0 if step or self.last is None else self.branch + 1
+        if begun or self.last is None:
+            self.fractions = now <= 1
         self.last, self.shape = now, shape
         return begun
 
@@ -99,8 +140,15 @@ class DiffusersCache(Method):
         raise NotImplementedError
 
     def enable(self, transformer: Any, config: Any) -> None:
-        """Have diffusers put its hooks on."""
-        transformer.enable_cache(config)
+        """Have diffusers put its hooks on, also where the model itself has no interface for it."""
+        if hasattr(transformer, "enable_cache"):
+            transformer.enable_cache(config)
+        else:
+            self.apply()(transformer, config)
+
+    def apply(self) -> Callable[[Any, Any], None]:
+        """The function of diffusers that puts the hooks on any module."""
+        raise NotImplementedError
 
     def watch(self, installer: Installer, installed: Installed, config: Any) -> None:  # noqa: ARG002
         """Count what the cache does; by default whether the first hooked module computes."""
@@ -114,15 +162,13 @@ class DiffusersCache(Method):
         """The hooked modules.
 
         Raises:
-            NotApplicableError: the transformer has no cache interface, or nothing in it that the cache can hook.
+            NotApplicableError: the transformer has nothing that the cache can hook.
             ConflictError: a cache of diffusers is switched on already.
         """
         touches = []
         for name, transformer in target.site.transformers.items():
             kind = type(transformer).__name__
-            if not hasattr(transformer, "enable_cache"):
-                raise NotApplicableError(f"{kind} has no cache interface of diffusers.")
-            if transformer.is_cache_enabled:
+            if getattr(transformer, "is_cache_enabled", False):
                 on = type(transformer._cache_config).__name__
                 raise ConflictError(f"{kind} has diffusers' {on} on; call disable_cache() first.")
             found = self.sites(transformer)
@@ -140,6 +186,7 @@ class DiffusersCache(Method):
             # whatever fails half way must find its undo recorded
             installed = Installed(transformer, [])
             patcher.on_undo(_undo(installed, before, config, called))
+            patcher.before(transformer, _start(self, site, config, installed))
             try:
                 self.enable(transformer, config)
             finally:
@@ -147,41 +194,105 @@ class DiffusersCache(Method):
             if not installed.hooks:
                 raise NotApplicableError(f"{self.info.name} hooked no module of {type(transformer).__name__}.")
             self.watch(installer, installed, config)
-            patcher.before(transformer, self._tick(site.pipeline is None, clock, called, config, installed))
+            for method in ("cache_context", "_reset_stateful_cache"):
+                if hasattr(transformer, method):
+                    patcher.wrap(transformer, method, _note(called))
+            patcher.before(transformer, self._tick(site.pipeline is None, clock, config, installed))
+            patcher.after(transformer, lambda *_, at=installed: at.name(None), always=True)
             if site.pipeline is not None:
                 # the pipeline clears the cache at its end, which a call that raised never reaches
-                patcher.wrap(site.pipeline.scheduler, "set_timesteps", self._around(site.pipeline, config, installed))
+                again = self._around(site.pipeline, clock, config, installed)
+                patcher.wrap(site.pipeline.scheduler, "set_timesteps", again)
 
-    def _tick(self, alone: bool, clock: Clock, called: list[Any], config: Any, installed: Installed) -> Any:
+    def _tick(self, alone: bool, clock: Clock, config: Any, installed: Installed) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
-            if not called:
-                called.append(True)
             if clock.tick(args, kwargs) and alone:
                 self.begin(config, installed, None)
+            if not installed.named:
+                installed.name(f"call {clock.branch}")
 
         return hook
 
-    def _around(self, pipeline: Any, config: Any, installed: Installed) -> Any:
+    def _around(self, pipeline: Any, clock: Clock, config: Any, installed: Installed) -> Any:
         reference = weakref.ref(pipeline.scheduler)
 
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
             scheduler = reference()
+            clock.last = None
             self.begin(config, installed, None if scheduler is None else len(scheduler.timesteps))
             return result
 
         return around
 
 
+def _note(called: list[Any]) -> Callable[..., Any]:
+    def around(call: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(True)
+        return call(*args, **kwargs)
+
+    return around
+
+
+def holding(module: Any) -> list[str]:
+    """Names of diffusers' hooks on a module that hold something from call to call."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else [name for name, hook in registry.hooks.items() if hook._is_stateful]
+
+
+def one_batch(installer: Installer, installed: Installed, name: str) -> None:
+    """Refuse pipelines that call the transformer with several sizes of batch in a sampling.
+
+    For caches that keep one output a module, whoever calls it.
+    """
+    if installer.target.site.pipeline is None:  # another shape begins another sampling then
+        return
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        size = len(kwargs.get("hidden_states", args[0] if args else ()))
+        if installed.batch not in (None, size):
+            raise NotApplicableError(
+                f"{name} keeps one output a module, and this pipeline calls its transformer with batches of "
+                f"{installed.batch} and {size}; switch off guidance that needs calls of its own (such as stg_scale and "
+                "modality_scale of LTX-2, skip_guidance_layers of Stable Diffusion 3), or use taylorseer."
+            )
+        installed.batch = size
+
+    installer.patcher.before(installed.transformer, hook)
+
+
+def known_blocks(name: str, transformer: Any) -> list[str]:
+    """The blocks, if diffusers knows where their hidden states are.
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    found = blocks(transformer)
+    for block in found.values():
+        try:
+            TransformerBlockRegistry.get(type(block))
+        except ValueError:
+            raise NotApplicableError(
+                f"{name}: diffusers does not say where the hidden states of a {type(block).__name__} are; use "
+                "taylorseer, which needs no block to be skipped."
+            ) from None
+    return list(found)
+
+
 def count_steps(installer: Installer, hook: Any) -> None:
     """Count in the report how often `hook` calls the module below it, and how often it answers by itself."""
     events, computed = installer.report.events, []
+    note, methods = installer.report.note, " + ".join(installer.report.methods)
 
     def outer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         computed.clear()
         result = call(*args, **kwargs)
         event = "steps computed" if computed else "steps reused"
         events[event] = events.get(event, 0) + 1
+        calls = events.get("steps computed", 0)
+        note("" if event == "steps reused" else f"{methods}: nothing was reused in {calls} calls", about="reused")
         return result
 
     def inner(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +340,8 @@ def _undo(installed: Installed, before: _Before, config: Any, called: list[Any])
             registry = own.get("_diffusers_hook")
             if registry is None:
                 continue
-            # the pipeline's first call puts a registry on the transformer, cache or not, and it stays there
+            settle(module, "forward")
+            # a pipeline's first call puts a registry on the transformer, cache or not, and it stays there
             if not ("_diffusers_hook" in had or (module is transformer and called)) and not registry.hooks:
                 del own["_diffusers_hook"]
             if "forward" not in had and getattr(own.get("forward"), "__func__", None) is type(module).forward:
@@ -275,3 +387,25 @@ def _calls(forward: Any, reference: Any) -> bool:
     """Whether `forward` is what diffusers made of this very hook."""
     cells = getattr(getattr(forward, "func", None), "__closure__", None) or ()
     return any(cell.cell_contents is reference for cell in cells)
+
+
+def _start(method: DiffusersCache, site: Any, config: Any, installed: Installed) -> Callable[..., None]:
+    """What the first call of a sampling is checked for, ahead of everything else."""
+    given = None if site.scheduler is None else weakref.ref(site.scheduler)
+    tables: list[Any] = []
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        scheduler = site.scheduler
+        table = getattr(scheduler, "timesteps", None)
+        if tables and tables[0] is table:
+            return
+        tables[:] = [table]
+        if given is not None and scheduler is not given():  # one that came later, whose calls nobody follows
+            method.begin(config, installed, len(scheduler.timesteps))
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        if hasattr(latents, "isfinite") and not latents.isfinite().all():
+            raise NonFiniteError(
+                "the latents of the first step hold NaN or infinity; check what was given to the pipeline."
+            )
+
+    return hook

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.errors import NotApplicableError
+from mmaccel.errors import ConflictError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
 if TYPE_CHECKING:
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FewerSteps(Method):
-    """Run max(1, round(keep * steps)) of the steps that the pipeline is asked for.
+    """Run max(1, round(keep * steps)) of the steps that the pipeline is asked for, or `keep` of them if it is an int.
 
     Sentence: nothing -> the schedule -> keep -> the scheduler's own schedule of fewer steps -> the whole sampling.
     The result is bit for bit that of a call with fewer steps. keep=1.0 is the identity. A schedule of the caller's own
     (`timesteps=`, `sigmas=` other than the even spacing from 1 to 1/steps) cannot be thinned and is refused.
     """
 
-    keep: float = knob(0.5, "fraction of the steps that are run")
+    keep: float | int = knob(0.5, "fraction in (0, 1] or number of the steps that are run")
 
     info: ClassVar[Info] = Info(
         name="fewer-steps", verb="drop", stage=Stage.DIFFUSION, summary="runs fewer denoising steps",
@@ -42,7 +43,15 @@ class FewerSteps(Method):
 
     def install(self, installer: Installer) -> None:
         """Change the number on its way to the scheduler."""
-        report = installer.report
+        report, site = installer.report, installer.target.site
+        scheduler = weakref.ref(site.scheduler)
+
+        def check(*_: Any) -> None:
+            if site.scheduler is not scheduler():
+                raise ConflictError(
+                    "the scheduler of this pipeline was replaced after fewer-steps was put on, which works on the old "
+                    "one; remove the handle and call accelerate again."
+                )
 
         def around(call: Any, num_inference_steps: Any = None, *args: Any, **kwargs: Any) -> Any:
             sigmas = kwargs.get("sigmas")
@@ -51,13 +60,15 @@ class FewerSteps(Method):
             if kwargs.get("timesteps") is not None:
                 raise NotApplicableError("fewer-steps cannot thin timesteps of your own; leave timesteps out.")
             asked = num_inference_steps if sigmas is None else len(sigmas)
-            steps = max(1, round(self.keep * asked))
+            steps = min(self.keep, asked) if isinstance(self.keep, int) else max(1, round(self.keep * asked))
             if sigmas is not None:
                 kwargs["sigmas"] = _fewer(sigmas, steps)
             report.events["steps"] = f"{steps} of {asked}"
             return call(None if num_inference_steps is None else steps, *args, **kwargs)
 
-        installer.patcher.wrap(installer.target.site.pipeline.scheduler, "set_timesteps", around)
+        installer.patcher.wrap(site.scheduler, "set_timesteps", around)
+        for transformer in site.transformers.values():
+            installer.patcher.before(transformer, check)
 
 
 def _fewer(sigmas: Any, steps: int) -> Any:

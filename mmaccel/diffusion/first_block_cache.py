@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks, known_blocks
 from mmaccel.errors import NotApplicableError
 from mmaccel.method import Info, Stage, knob
 
@@ -40,12 +40,23 @@ class FirstBlockCache(DiffusersCache):
 
     def sites(self, transformer: Any) -> list[str]:
         """All blocks; at least two."""
-        found = list(blocks(transformer))
+        found = known_blocks(self.info.name, transformer)
+        if any(getattr(block, "context_pre_only", False) for block in blocks(transformer).values()):
+            raise NotApplicableError(
+                f"first-block-cache needs blocks that all return the prompt's states too; the last one of "
+                f"{type(transformer).__name__} returns none. Use magcache or taylorseer."
+            )
         if len(found) < 2:
             raise NotApplicableError(
                 f"first-block-cache finds {len(found)} blocks in {type(transformer).__name__}; it needs at least 2."
             )
         return found
+
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.first_block_cache import apply_first_block_cache
+
+        return apply_first_block_cache
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The threshold."""

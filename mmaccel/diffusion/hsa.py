@@ -5,29 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS
+from mmaccel.diffusion.diffusers_caches import STEPS, TOKENS
 from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
 if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
-    from mmaccel.tokens.steps import StepPlan
+    from mmaccel.tokens.steps import Plan
 
 
 @dataclass(frozen=True)
 class HSA(Method):
     """Compute tokens whose velocity changes often, others seldom; attention sees the last keys and values of all.
 
-    Sentence: relative L1 distance of a token's velocity at a whole step from what would have been held for it ->
-    groups with step divisors -> rows whose step it is -> reuse the velocity, keys and values of the rest -> all tokens
-    advance together. "Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for
-    Efficient Video Generation" (2026); its body was not at hand. Inferred: guided velocities are scored, the divisors
-    are d and 2 d with the shares that meet the runtime, groups are aligned so that whole steps recur and score anew,
-    the first steps are whole, and fixed tokens (those of a conditioning image with timestep 0) go to the slowest
-    group. Ours: held velocities go on along their last change (order 1); order 0 holds them, as the paper does.
-    runtime 1 is the identity. The keys and values take 2 x layers x tokens x width numbers a clip and branch of
-    guidance; they are sized and logged before they are made, and refused where memory does not suffice.
+    Sentence: how fast a token's velocity changes -> how many of the neediest tokens each step computes -> rows whose
+    step it is -> reuse the velocity, keys and values of the rest -> all tokens advance together. "Not All Tokens Need
+    40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient Video Generation" (2026); its body
+    was not at hand. Inferred: guided velocities are scored, and fixed tokens (those of a conditioning image with
+    timestep 0) come last. With `divisors`, `first`, `last` or `staggered` the plan is the paper's: a window with groups
+    of step divisors, by default d and 2 d with the shares that meet the runtime. Ours: without them whole steps are
+    spread over the run, each scores anew, and tokens in need are computed once more between the first of them;
+    the score is the size of the change and not relative to the velocity, which says little about the error; held
+    velocities go on along their last change (order 1); order 0 holds them, as the paper does. runtime 1 is the
+    identity. The keys and values take 2 x layers x tokens x width numbers a clip and branch of
+    guidance while a step that computes some of the tokens is ahead; they are sized and printed (as a logged warning)
+    before they are made, and refused where memory does not suffice.
     """
 
     runtime: float = knob(0.5, "fraction of the dense transformer time", above=0.0, high=1.0)
@@ -46,7 +49,7 @@ class HSA(Method):
         name="hsa", verb="reuse", stage=Stage.DIFFUSION,
         summary="gives each token of a latent its own number of denoising steps",
         source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
-        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS,),
+        "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS, TOKENS),
     )  # fmt: skip
 
     @property
@@ -85,7 +88,7 @@ class HSA(Method):
                 touches.append(Touch(f"{name}.{block}", "computes the rows whose turn it is"))
                 touches += [
                     Touch(f"{name}.{block}.{attention}", "attends to the keys and values of all rows")
-                    for attention in layout.attention
+                    for attention in layout.keeping
                     if getattr(module, attention, None) is not None
                 ]
         return touches
@@ -93,9 +96,11 @@ class HSA(Method):
     def install(self, installer: Installer) -> None:
         """Put the hooks on."""
         from mmaccel.core.held_velocity import HeldVelocity, Storage
-        from mmaccel.tokens.steps import step_plan
+        from mmaccel.tokens.steps import spread_plan, step_plan
 
-        def plan(steps: int) -> StepPlan:
+        def plan(steps: int) -> Plan:
+            if self.divisors is None and self.first is None and self.last is None and not self.staggered:
+                return spread_plan(steps, self.runtime)
             divisors = () if self.divisors is None else tuple(sorted(map(int, str(self.divisors).split("-"))))
             return step_plan(
                 steps,
@@ -106,6 +111,13 @@ class HSA(Method):
                 staggered=self.staggered,
             )
 
+        scheduler = installer.target.site.scheduler
+        predicted = scheduler.config.get("prediction_type", "flow_prediction")
+        if predicted != "flow_prediction":
+            installer.report.note(
+                f"hsa: this {type(scheduler).__name__} takes a prediction of type {predicted}; it is held in place of "
+                "the velocity of flow matching, for which the method was published"
+            )
         storage = Storage(self.memory, self.layers, self.offload)
         HeldVelocity(installer.target.site, installer.report, self.info.name, plan, self.order, storage).install(
             installer.patcher

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, blocks
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, known_blocks
 from mmaccel.diffusion.diffusers_caches import count_steps as count
-from mmaccel.errors import NotApplicableError
+from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.method import Info, Stage, knob
 
 if TYPE_CHECKING:
     from mmaccel.install import Installer
     from mmaccel.targets import Target
 
+__all__ = ["MagCache", "measured_ratios"]
+
 # diffusers prints the ratios and clears its state when it has counted so many steps; we measure and clear ourselves
 _NEVER = 1 << 62
+
+# by transformer, as long as a MagCache is on it
+_configs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,13 @@ class MagCache(DiffusersCache):
         targets=("diffusion",), slots=(STEPS,), licence="Apache-2.0 (diffusers)",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratios = self.ratios
+        numbers = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for ratio in ratios or ())
+        if ratios is not None and not (ratios and numbers):
+            raise MethodError("magcache: ratios must be numbers above 0, one a step; None has them measured.")
+
     @property
     def neutral(self) -> bool:
         """No step may be skipped."""
@@ -61,7 +75,13 @@ class MagCache(DiffusersCache):
 
     def sites(self, transformer: Any) -> list[str]:
         """All blocks."""
-        return list(blocks(transformer))
+        return known_blocks(self.info.name, transformer)
+
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.mag_cache import apply_mag_cache
+
+        return apply_mag_cache
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """With ratios, or measuring them."""
@@ -81,6 +101,8 @@ class MagCache(DiffusersCache):
         tail = next(hook for _, _, hook, _ in installed.hooks if getattr(hook, "is_tail", False))
         count(installer, head)
         config.measured, config.source, config.steps = [], self.ratios, None
+        _configs[installed.transformer] = config
+        installer.patcher.on_undo(lambda: _configs.pop(installed.transformer, None))
 
         def keep(call: Any, state: Any, residual: Any) -> None:
             call(state, residual)
@@ -97,8 +119,9 @@ class MagCache(DiffusersCache):
 
         measured, before = list(config.measured), config.steps
         installed.fresh()
-        # a call that raised was not measured to its end
-        if config.source is None and measured and (steps is None or len(measured) == before):
+        # a call that raised was not measured to its end, and one that gave NaN not at all
+        whole = steps is None or len(measured) == before
+        if config.source is None and measured and whole and all(map(math.isfinite, measured)):
             config.source = tuple(measured)
         config.measured = []
         if config.source is None:
@@ -107,3 +130,15 @@ class MagCache(DiffusersCache):
         own = len(config.source) if steps is None else steps
         config.calibrate, config.num_inference_steps, config.steps = False, own, steps
         config.mag_ratios = nearest_interp(torch.tensor(config.source, dtype=torch.float32), own)
+
+
+def measured_ratios(transformer: Any) -> tuple[float, ...]:
+    """The ratios that a MagCache without `ratios` has measured on `transformer` in its last whole call, one a step.
+
+    Raises:
+        NotApplicableError: none is on it, or it has not measured yet.
+    """
+    config = _configs.get(transformer)
+    if config is None or not config.measured:
+        raise NotApplicableError("magcache has measured no ratios on this transformer; call the pipeline first.")
+    return tuple(float(ratio) for ratio in config.measured)

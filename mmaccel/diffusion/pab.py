@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, one_batch
+from mmaccel.errors import MethodError
 from mmaccel.method import Info, Stage, knob
+
+if TYPE_CHECKING:
+    from mmaccel.install import Installer
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,13 @@ class PAB(DiffusersCache):
         return self.every == 1 and self.cross_every == 1
 
     def sites(self, transformer: Any) -> list[str]:
-        """Attention modules of diffusers' classes below the known block lists."""
+        """Attention modules of diffusers' classes below the known block lists.
+
+        Raises:
+            MethodError: no timestep lies between `start` and `stop`.
+        """
+        if not self.start < self.stop:
+            raise MethodError(f"pab: start={self.start} must be below stop={self.stop}; else nothing is reused.")
         from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _ATTENTION_CLASSES
 
         return [
@@ -47,6 +57,12 @@ class PAB(DiffusersCache):
             if isinstance(module, _ATTENTION_CLASSES)
             and any(part in name for part in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS)
         ]
+
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.pyramid_attention_broadcast import apply_pyramid_attention_broadcast
+
+        return apply_pyramid_attention_broadcast
 
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The same range for all attentions."""
@@ -60,3 +76,8 @@ class PAB(DiffusersCache):
             temporal_attention_timestep_skip_range=inside, cross_attention_timestep_skip_range=inside,
             current_timestep_callback=callback,
         )  # fmt: skip
+
+    def watch(self, installer: Installer, installed: Installed, config: Any) -> None:
+        """One output a module fits calls of one batch only."""
+        super().watch(installer, installed, config)
+        one_batch(installer, installed, self.info.name)

@@ -57,6 +57,12 @@ class SeaCache(DiffusersCache):
             )
         return list(blocks(transformer))
 
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.sea_cache import apply_sea_cache
+
+        return apply_sea_cache
+
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """The knobs."""
         from diffusers.hooks.sea_cache import SeaCacheConfig

@@ -46,6 +46,12 @@ class TaylorSeer(DiffusersCache):
             if re.search("attention|feedforward|mlp", type(child).__name__.lower()) or re.match("attn|ff", name)
         ]
 
+    def apply(self) -> Any:
+        """diffusers' function."""
+        from diffusers.hooks.taylorseer_cache import apply_taylorseer_cache
+
+        return apply_taylorseer_cache
+
     def config(self, transformer: Any, clock: Clock) -> Any:  # noqa: ARG002
         """One pattern for each module."""
         import torch

@@ -15,6 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmaccel.measure.calibrated import Calibration as Calibration
+    from mmaccel.measure.calibrated import Candidate as Candidate
+    from mmaccel.measure.calibration import calibrate as calibrate
     from mmaccel.measure.evaluation import Case as Case
     from mmaccel.measure.evaluation import Evaluation as Evaluation
     from mmaccel.measure.evaluation import evaluate as evaluate
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from mmaccel.measure.stages import ttft as ttft
 
 _HOMES = {
+    "calibrated": ("Calibration", "Candidate"),
+    "calibration": ("calibrate",),
     "evaluation": ("Case", "Evaluation", "evaluate"),
     "flops": ("count_flops", "encoder_flops", "paper_prefill_macs", "prefill_flops"),
     "memory": ("Peak", "peak_memory"),

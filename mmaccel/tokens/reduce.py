@@ -32,6 +32,7 @@ __all__ = [
     "merge_dropped_into_kept",
     "merge_to_centres",
     "nearest_centre",
+    "side_by_side",
 ]
 
 
@@ -249,6 +250,21 @@ def joined(parts: Sequence[Reduction], sizes: Sequence[int]) -> Reduction:
         return Reduction(whole)
     names = ("rows", "cols", "weights")
     return Reduction(whole, Mix(*(torch.cat([getattr(mix, name) for mix in mixes]) for name in names)))
+
+
+def side_by_side(merge: Merge, groups: int) -> Merge:
+    """Return the merges of `groups` consecutive groups of tokens an item, (B * groups, N) to (B * groups, K), as one.
+
+    The result is from (B, groups * N) to (B, groups * K), group after group.
+    """
+    (G, K), N = merge.kept.shape, merge.assignment.shape[1]
+    if groups == 1:
+        return merge
+    number = torch.arange(G, device=merge.kept.device)[:, None] % groups
+    kept = torch.where(merge.kept < 0, -1, merge.kept + number * N)
+    assignment = torch.where(merge.assignment < 0, -1, merge.assignment + number * K)
+    parts = (kept, assignment, merge.weight, merge.sizes)
+    return Merge(*(part.unflatten(0, (-1, groups)).flatten(1) for part in parts))
 
 
 def bipartite(

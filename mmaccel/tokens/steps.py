@@ -4,13 +4,83 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmaccel.errors import MethodError
 
-__all__ = ["StepPlan", "smallest_runtime", "step_plan"]
+__all__ = ["Plan", "SpreadPlan", "StepPlan", "smallest_runtime", "spread_plan", "step_plan"]
+
+_FEWEST = 4
+_LARGEST_GAP = 16
+
+
+class Plan(Protocol):
+    """Who is computed when, in `steps` denoising steps."""
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps."""
+        ...
+
+    def active(self, tokens: int) -> Tensor:
+        """Bool [steps, tokens], tokens in the order of their need, the neediest first."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpreadPlan:
+    """Step n computes the neediest `fractions[n]` of the tokens: 1 all, 0 none."""
+
+    fractions: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps."""
+        return len(self.fractions)
+
+    def active(self, tokens: int) -> Tensor:
+        """Who is computed when: bool [steps, tokens], tokens in the order of their need, the neediest first."""
+        counts = torch.tensor([round(part * tokens) for part in self.fractions])
+        return torch.arange(tokens) < counts[:, None]
+
+
+def spread_plan(steps: int, runtime: float, *, between: float = 0.1, share: float = 0.5) -> SpreadPlan:
+    """Spread whole steps evenly, and compute the neediest tokens once more in between while noise is largest.
+
+    between: the fraction of the budget `runtime * steps` for steps that compute about `share` of the tokens; they
+    stand in the middle of the first gaps. What rounding leaves over is theirs as well, so that the budget is met.
+
+    Raises:
+        MethodError: fewer than 4 steps' worth of work would be left, or gaps above 16 steps; the message names the
+            smallest runtime that can be reached.
+    """
+    if runtime >= 1.0:
+        return SpreadPlan((1.0,) * steps)
+    budget = runtime * steps
+    fewest = max(_FEWEST, math.ceil(steps / _LARGEST_GAP))
+    if budget < fewest - 1e-9:
+        smallest = min(1.0, math.ceil(fewest / steps * 1000) / 1000)
+        raise MethodError(
+            f"runtime={runtime:g} cannot be reached in {steps} steps: fewer than {fewest} of them would be computed; "
+            f"the smallest runtime is {smallest:g}."
+            + (" With so few steps it does not pay; remove the method." if steps < 10 else "")
+        )
+    fractions = [0.0] * steps
+    whole = max(fewest - 1, math.floor(budget * (1 - between) + 1e-9))
+    # the shorter gaps come first, where noise is largest and a wrong turn is not taken back
+    short = whole - steps % whole
+    turns = [index * (steps // whole) + max(0, index - short) for index in range(whole)]
+    for step in turns:
+        fractions[step] = 1.0
+    gaps = [(a + b) // 2 for a, b in zip(turns, [*turns[1:], steps], strict=True) if b - a > 1]
+    rest = budget - whole
+    chosen = gaps[: max(math.ceil(rest - 1e-9), round(rest / share))]
+    for step in chosen:
+        fractions[step] = rest / len(chosen)
+    return SpreadPlan(tuple(fractions))
 
 
 @dataclass(frozen=True)
@@ -34,18 +104,22 @@ class StepPlan:
         return self.steps - self.first - self.last
 
     def active(self, tokens: int) -> Tensor:
-        """Who is computed when: bool [window, tokens], tokens in the order of their need, the neediest first.
+        """Who is computed when: bool [steps, tokens], tokens in the order of their need, the neediest first.
 
-        Counted from the last whole step, a token of divisor d is computed at every d-th step. Groups are aligned, so
-        that a token is never computed beside staler neighbours than its own divisor asks for; `staggered` has the
-        tokens of a group take turns instead, so that steps cost alike.
+        In between, counted from the last whole step, a token of divisor d is computed at every d-th step. Groups are
+        aligned, so that a token is never computed beside staler neighbours than its own divisor asks for; `staggered`
+        has the tokens of a group take turns instead, so that steps cost alike.
         """
         edges = [round(tokens * part) for part in torch.tensor(self.shares, dtype=torch.float64).cumsum(0).tolist()]
         counts = [end - begin for begin, end in zip([0, *edges], edges, strict=False)]
         counts[-1] += tokens - sum(counts)
         divisor = torch.repeat_interleave(torch.tensor(self.divisors), torch.tensor(counts))
         turn = torch.arange(tokens) % divisor if self.staggered else 0
-        return (torch.arange(1, self.window + 1)[:, None] + turn) % divisor == 0
+        active = torch.ones(self.steps, tokens, dtype=torch.bool)
+        active[self.first : self.first + self.window] = (
+            torch.arange(1, self.window + 1)[:, None] + turn
+        ) % divisor == 0
+        return active
 
 
 def smallest_runtime(steps: int, first: int, last: int, divisor: int) -> float:

@@ -167,6 +167,7 @@ def test_images_of_classes_are_written_as_png(document, refused, tmp_path):
         (["a zebra dances"], "was not taught 'a zebra dances'"),
         ([" "], "prompt is empty"),
         ([PROMPT, "-m", "fewer-step"], "'fewer-steps'"),
+        ([PROMPT, "--guidance", "nan"], "no number to scale by"),
         ([PROMPT, "-m", "fewer-steps:kep=0.5"], "no knob 'kep'"),
         ([PROMPT, "-m", "holitom"], "diffusion"),
         ([PROMPT, "-m", "first-block-cache+taylorseer"], "exclude each other"),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mmaccel.core.patching import Patcher, shared
+from mmaccel.core.patching import Patcher, settle, shared
 
 
 class Thing(nn.Module):
@@ -132,3 +133,28 @@ def test_undo_runs_newest_first():
         patcher.on_undo(lambda number=number: order.append(number))
     patcher.undo()
     assert order == [2, 1, 0]
+
+
+class Holder:
+    below: Any
+
+
+def test_a_chain_that_a_library_moved_is_no_chain_of_ours():
+    """diffusers puts what it finds as `forward` under a name of its own, on an object of its own."""
+    module, elsewhere = nn.Linear(2, 2), Holder()
+    one, two = Patcher(), Patcher()
+    one.wrap(module, "forward", lambda call, x: call(x) + 1)
+    elsewhere.below = module.forward
+    vars(module)["forward"] = lambda x: elsewhere.below(x) * 2
+    two.wrap(elsewhere, "below", lambda call, x: call(x) + 10)
+    x = torch.ones(1, 2)
+    plain = nn.functional.linear(x, module.weight, module.bias)
+    assert torch.equal(module(x), (plain + 11) * 2)
+    two.undo()
+    assert torch.equal(module(x), (plain + 1) * 2)
+    one.undo()
+    assert torch.equal(module(x), plain * 2)
+    module.forward = elsewhere.below
+    settle(module, "forward")
+    assert "forward" not in vars(module)
+    assert torch.equal(module(x), plain)

@@ -12,6 +12,7 @@ from mmaccel.adapters.diffusion import Diffusion
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues
 from mmaccel.core.token_rows import TokenRows, latent_tokens, token_mask
+from tests.diffusion.families import ltx2_transformer
 
 library: Any = diffusers
 torch.set_num_threads(1)
@@ -48,6 +49,24 @@ def ltx():
         "hidden_states": normal(2, 12, 4), "encoder_hidden_states": normal(2, 5, 8), "timestep": TIMES,
         "encoder_attention_mask": torch.ones(2, 5), "num_frames": 2, "height": 2, "width": 3,
     }  # fmt: skip
+
+
+def ltx2(**kind):
+    """The model of the pipelines, whose audio is another stream; the video comes first in what it returns."""
+    return ltx2_transformer(**kind), {
+        "hidden_states": normal(2, 12, 4), "audio_hidden_states": normal(2, 7, 4, seed=1),
+        "encoder_hidden_states": normal(2, 5, 8), "audio_encoder_hidden_states": normal(2, 5, 8, seed=2),
+        "timestep": TIMES, "sigma": TIMES, "encoder_attention_mask": torch.ones(2, 5),
+        "audio_encoder_attention_mask": torch.ones(2, 5), "num_frames": 2, "height": 2, "width": 3,
+        "audio_num_frames": 7,
+    }  # fmt: skip
+
+
+def ltx2_token_times():
+    model, given = ltx2(split=False, newer=False)
+    times = torch.full((2, 12), 500.0)
+    times[:, :6] = 0
+    return model, {**given, "timestep": times, "audio_timestep": TIMES}
 
 
 def hunyuan():
@@ -126,7 +145,10 @@ def dit():
     }  # fmt: skip
 
 
-FAMILIES = {f.__name__: f for f in (wan, wan_token_times, ltx, hunyuan, cogvideox, flux, sd3, pixart, dit)}
+FAMILIES = {
+    f.__name__: f
+    for f in (wan, wan_token_times, ltx, ltx2, ltx2_token_times, hunyuan, cogvideox, flux, sd3, pixart, dit)
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,21 +171,23 @@ def test_rows_over_stored_keys_are_those_of_the_whole(family):
     names = [
         f"{name}.{kind}"
         for name, block in blocks.items()
-        for kind in site.layout.attention
+        for kind in site.layout.keeping
         if getattr(block, kind, None) is not None
     ]
     kept = {name: KeysValues() for name in names}
     with rows:
         rows.tokens, rows.kept = tokens, kept
         assert torch.equal(model(**given)[0], dense)
+    companion = model(**given)[1] if site.layout.companion else None
     assert all(len(entry) == 2 for entry in kept.values())
     one = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[: tokens // 2].sort().values
     other = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[: tokens // 2].sort().values
-    picks = [one[None]] if site.layout.one_choice else [one[None], torch.stack([one, other])]
-    for chosen in picks:
+    for chosen in (one[None], torch.stack([one, other])):
         with rows:
             rows.tokens, rows.kept, rows.rows = tokens, kept, chosen
-            partial = model(**given)[0]
+            partial, *others = model(**given, return_dict=False)
+        if companion is not None:
+            assert torch.allclose(others[0], companion, atol=1e-4)
         mask = torch.zeros(chosen.shape[0], tokens, dtype=torch.bool).scatter_(1, chosen, value=True)
         where = token_mask(mask, dense, patch, first).expand(dense.shape)
         assert torch.allclose(partial[where], dense[where], atol=1e-4)

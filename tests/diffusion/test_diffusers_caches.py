@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmaccel
-from mmaccel.errors import ConflictError, NotApplicableError
+from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
 from tests.diffusion.test_first_block_cache import generate, traces
 
@@ -137,13 +137,88 @@ def test_a_call_that_raised_and_offload(name):
 
 def test_magcache_measures_in_its_first_whole_call():
     pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+    from mmaccel.diffusion.magcache import measured_ratios
+
+    with pytest.raises(NotApplicableError, match="measured no ratios"):
+        measured_ratios(pipe.transformer)
     with mmaccel.accelerate(pipe, mmaccel.MagCache(threshold=1e9)) as handle:
         assert torch.equal(generate(pipe), generate(twin))
+        assert len(measured_ratios(pipe.transformer)) == 5
         second = generate(pipe)
         assert not torch.equal(second, generate(twin))
         assert torch.equal(generate(pipe), second)
         generate(pipe, steps=8)
     assert re.search("dense call of 5 steps", handle.report().events["ratios"])
+
+
+def test_magcache_does_not_keep_ratios_of_a_call_that_gave_nan():
+    pipe, twin = tiny_wan_pipeline(), tiny_wan_pipeline()
+
+    def spoil(_pipe, step, _time, given):
+        return {"latents": given["latents"] * float("nan")} if step == 1 else {}
+
+    with mmaccel.accelerate(pipe, mmaccel.MagCache(threshold=1e9)):
+        assert generate(pipe, callback_on_step_end=spoil).isnan().all()
+        assert torch.equal(generate(pipe), generate(twin))
+        assert not torch.equal(generate(pipe), generate(twin))
+
+
+@pytest.mark.parametrize("ratios", [(), ("1", 1.0), (1.0, float("nan")), (0.0, 1.0), (1.0, float("inf"))])
+def test_ratios_that_are_none(ratios):
+    with pytest.raises(MethodError, match="ratios"):
+        mmaccel.MagCache(ratios=ratios)
+
+
+def test_a_spec_with_ratios_makes_the_same_method():
+    from mmaccel.method import parse
+
+    method = mmaccel.MagCache(threshold=0.1, ratios=RATIOS)
+    assert parse(method.spec) == [method]
+    with mmaccel.accelerate(tiny_wan_pipeline(), method) as handle:
+        assert "magcache:threshold=0.1;ratios=(...)" in str(handle.report())
+
+
+@every
+def test_latents_that_are_not_finite_are_refused_and_the_next_call_is_as_ever(name):
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, active()[name]):
+        expected = generate(pipe)
+        for _ in range(2):
+            with pytest.raises(NonFiniteError, match="latents"):
+                generate(pipe, latents=torch.full((1, 16, 3, 4, 6), float("nan")))
+        assert torch.equal(generate(pipe), expected)
+
+
+@every
+def test_a_scheduler_that_comes_later_is_followed(name):
+    pipe = tiny_wan_pipeline()
+
+    def stop(*_):
+        raise RuntimeError("enough")
+
+    with mmaccel.accelerate(pipe, active()[name]):
+        expected = generate(pipe)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="enough"):
+                generate(pipe, seed=3, callback_on_step_end=stop)
+            assert torch.equal(generate(pipe), expected)
+    assert torch.equal(generate(pipe), generate(tiny_wan_pipeline()))
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
+def test_fewer_steps_says_that_the_scheduler_was_replaced():
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, "fewer-steps:keep=0.5"):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        with pytest.raises(ConflictError, match="was replaced"):
+            generate(pipe)
+    assert torch.equal(generate(pipe), generate(tiny_wan_pipeline()))
+
+
+def test_pab_with_an_empty_range_of_timesteps():
+    with pytest.raises(MethodError, match="must be below"):
+        mmaccel.accelerate(tiny_wan_pipeline(), mmaccel.PAB(start=900))
 
 
 def test_the_patterns_of_diffusers_hook_nothing_on_wan_and_ours_do():
@@ -166,7 +241,7 @@ def test_one_cache_at_a_time_and_none_without_a_scheduler():
         mmaccel.accelerate(pipe.transformer, "fewer-steps")
 
 
-@pytest.mark.parametrize(("keep", "steps"), [(0.5, 3), (0.01, 1), (0.67, 4)])
+@pytest.mark.parametrize(("keep", "steps"), [(0.5, 3), (0.01, 1), (0.67, 4), (2, 2), (1, 1), (9, 6)])
 def test_fewer_steps_is_a_call_with_fewer_steps(keep, steps):
     pipe = tiny_wan_pipeline()
     with mmaccel.accelerate(pipe, mmaccel.FewerSteps(keep=keep)):

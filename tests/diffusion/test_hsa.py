@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import weakref
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmaccel.core.row_attention import KeysValues
 from mmaccel.errors import ConflictError, MethodError, NonFiniteError, NotApplicableError
 from mmaccel.tiny import IMAGE_CALL, class_to_image
 from mmaccel.tiny.pipelines import tiny_wan_pipeline
-from mmaccel.tokens.steps import step_plan
+from mmaccel.tokens.steps import spread_plan, step_plan
 
 # diffusers exports its classes lazily, out of sight of a type checker
 library: Any = diffusers
@@ -310,11 +311,30 @@ def test_branches_of_guidance_in_one_batch_share_their_rows():
 
 def evaluations(plan):
     """Evaluations of a token in a run, on average, counted step by step."""
-    inside, total = plan.active(1000), 0.0
-    for step in range(plan.steps):
-        dense = step < plan.first or step >= plan.steps - plan.last
-        total += 1.0 if dense else int(inside[step - plan.first].sum()) / 1000
-    return total
+    return sum(int(step.sum()) for step in plan.active(1000)) / 1000
+
+
+def test_spread_plans_meet_their_budget_exactly_and_compute_the_needy_first():
+    for steps, runtime in itertools.product((8, 12, 20, 28, 40, 50), (0.1, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95, 1.0)):
+        if runtime * steps < 4:
+            with pytest.raises(MethodError, match="smallest runtime is"):
+                spread_plan(steps, runtime)
+            continue
+        active = spread_plan(steps, runtime).active(1000)
+        assert active.shape == (steps, 1000)
+        assert evaluations(spread_plan(steps, runtime)) / steps == pytest.approx(runtime, abs=1e-3)
+        assert active[0].all()
+        assert (active.int().diff(dim=1) <= 0).all()  # whoever is computed, all in greater need are
+        whole = [0, *(step for step in range(1, steps) if active[step].all()), steps]
+        assert max(b - a for a, b in itertools.pairwise(whole)) <= max(1, math.ceil(1.4 / runtime))
+
+
+def test_whoever_needs_too_little_is_told_so():
+    with pytest.raises(MethodError, match=r"smallest runtime is 0\.1\.$"):
+        spread_plan(40, 0.05)
+    assert evaluations(spread_plan(40, 0.1)) == pytest.approx(4)
+    with pytest.raises(MethodError, match="does not pay"):
+        spread_plan(4, 0.5)
 
 
 def test_plans_meet_their_budget():

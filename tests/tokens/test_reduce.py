@@ -17,6 +17,7 @@ from mmaccel.tokens.reduce import (
     merge_dropped_into_kept,
     merge_to_centres,
     nearest_centre,
+    side_by_side,
 )
 
 
@@ -441,3 +442,26 @@ def test_joined_reductions_act_on_each_group_by_itself():
     assert joined(parts[:1], sizes[:1]).mix is None
     with pytest.raises(MethodError, match="one for each group"):
         joined(parts, sizes[:3])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_merges_of_groups_side_by_side_are_those_of_each_group(masked):
+    items, groups, n = 2, 3, 5
+    x = features(items, groups * n, 4)
+    mask = torch.ones(items * groups, n, dtype=torch.bool)
+    mask[1, 3:] = not masked
+    inside = x.unflatten(1, (groups, n)).flatten(0, 1)
+    merge = bipartite(inside, 1, mask=mask)
+    whole = side_by_side(merge, groups)
+    K = merge.kept.shape[1]
+    merged, back = whole.merge(x), whole.unmerge(whole.merge(x))
+    for item in range(items):
+        for group in range(groups):
+            part = merge.merge(inside)[item * groups + group]
+            assert torch.equal(merged[item, group * K : (group + 1) * K], part)
+            alone = merge.unmerge(merge.merge(inside))[item * groups + group]
+            assert torch.equal(back[item, group * n : (group + 1) * n], alone)
+            for slot, token in enumerate(whole.kept[item, group * K : (group + 1) * K].tolist()):
+                own = int(merge.kept[item * groups + group, slot])
+                assert token == (own + group * n if own >= 0 else -1)
+    assert side_by_side(merge, 1) is merge
