@@ -33,14 +33,15 @@ class Layout:
 
     blocks: its block lists, in order. attention: names of a block's attentions among the latent's tokens; readers: of
     further ones whose keys these are; cross: of those that see the prompt alone. feed_forward: names
-    of its modules that see every token by itself. text: where the prompt's tokens stand among the tokens of these, if they are there. rotary: names that a block's argument
-    with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
-    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
-    hold one time embedding a token; apart: those that treat some tokens unlike others. skipped: an attention's argument
-    that says that it does not attend. companion: whether another stream runs along, which needs every step. output:
-    which of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see
-    the prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
-    compute its branches by a call each or by one batch; prompt_first: the one with the prompt, or class, then leads.
+    of its modules that see every token by itself. text: where the prompt's tokens stand among the tokens of these,
+    if they are there. rotary: names that a block's argument with a pair of rotary tables may have; rotary_dim:
+    their token axis, 0 where they have no batch axis (they then turn neighbouring pairs); rotary_text: whether they
+    begin with rows for the prompt. times: arguments of a block that may hold one time embedding a token; apart:
+    those that treat some tokens unlike others. skipped: an attention's argument that says that it does not attend.
+    companion: whether another stream runs along, which needs every step. output: which of a block's outputs are the
+    latent's tokens, None if there is one output only. projections: layers that see the prompt alone. frames_first:
+    a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines compute its branches by a call
+    each or by one batch; prompt_first: the one with the prompt, or class, then leads.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
