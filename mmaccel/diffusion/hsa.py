@@ -34,6 +34,9 @@ class HSA(Method):
     """
 
     runtime: float = knob(0.5, "fraction of the dense transformer time", above=0.0, high=1.0)
+    between: float = knob(
+        0.0, "fraction of the work for tokens in need, between the first whole steps", low=0.0, high=0.9
+    )
     divisors: int | str | None = knob(None, "step divisors of the groups, joined by -; None has the solver choose")
     staggered: bool = knob(False, "tokens of a group take turns, so that steps cost alike")
     first: int | None = knob(None, "whole steps at the beginning; None has the solver choose", low=2)
@@ -100,7 +103,7 @@ class HSA(Method):
 
         def plan(steps: int) -> Plan:
             if self.divisors is None and self.first is None and self.last is None and not self.staggered:
-                return spread_plan(steps, self.runtime)
+                return spread_plan(steps, self.runtime, between=self.between)
             divisors = () if self.divisors is None else tuple(sorted(map(int, str(self.divisors).split("-"))))
             return step_plan(
                 steps,
