@@ -190,6 +190,41 @@ def test_undo_is_exact_in_any_order_with_diffusers_own_cache():
     assert before != traces(twin)
 
 
+@pytest.mark.parametrize(
+    "cache",
+    [
+        library.FirstBlockCacheConfig(threshold=10.0),
+        library.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r"blocks\.\d+\.attn1"]),
+    ],
+)
+def test_a_cache_of_diffusers_is_refused_and_gone_without_a_trace(cache):
+    pipe = tiny_wan_pipeline()
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
+        expected = generate(pipe)
+        pipe.transformer.enable_cache(cache)
+        with pytest.raises(ConflictError, match="disable_cache"):
+            generate(pipe)
+        pipe.transformer.disable_cache()
+        assert torch.equal(generate(pipe), expected)
+    pipe.transformer.enable_cache(cache)
+    with pytest.raises(ConflictError, match="disable_cache"):
+        mmaccel.accelerate(pipe, "hsa")
+
+
+def test_a_prompt_that_a_callback_changes_in_place_is_noticed():
+    pipe = tiny_wan_pipeline()
+
+    def weaken(_pipe, _step, _time, tensors):
+        tensors["prompt_embeds"].mul_(0.5)
+        return tensors
+
+    call = {"callback_on_step_end": weaken, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    dense = generate(pipe, **call)
+    with mmaccel.accelerate(pipe, "hsa:runtime=1.0"):
+        assert torch.equal(generate(pipe, **call), dense)
+    assert not torch.equal(generate(pipe), dense)
+
+
 def test_a_call_that_raised_does_not_poison_the_next_and_two_pipelines_are_apart():
     pipe, other = tiny_wan_pipeline(), tiny_wan_pipeline(seed=1)
     dense = generate(other)
@@ -366,6 +401,8 @@ def test_misuse_is_refused():
         mmaccel.accelerate(pipe.transformer, "hsa")
     with pytest.raises(MethodError, match="divisors"):
         mmaccel.HSA(divisors="2-x")
+    with pytest.raises(MethodError, match="between"):
+        mmaccel.HSA(between=0.2, first=2)
     with mmaccel.accelerate(pipe, "hsa:runtime=0.5"):
         with pytest.raises(ConflictError):
             mmaccel.accelerate(pipe, "first-block-cache")
