@@ -13,7 +13,7 @@ from mmaccel.errors import MMAccelError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "TokenCount"]
+__all__ = ["Report", "TokenCount", "plain_text"]
 
 
 @dataclass
@@ -157,10 +157,15 @@ class Report:
         return self.table()
 
     def __str__(self) -> str:
-        from io import StringIO
+        return plain_text(self.table())
 
-        from rich.console import Console
 
-        console = Console(file=StringIO(), width=110, record=True)
-        console.print(self.table())
-        return console.export_text()
+def plain_text(table: Table) -> str:
+    """A rich table as text of 110 columns."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=110, record=True)
+    console.print(table)
+    return console.export_text()

@@ -211,6 +211,14 @@ class Diffusion:
                 return second
         return getattr(pipeline, "_guidance_scale", None)
 
+    @property
+    def cache(self) -> str | None:
+        """The configuration class of the cache that diffusers itself has on a transformer, None without one."""
+        for transformer in self.transformers.values():
+            if getattr(transformer, "is_cache_enabled", False):
+                return type(transformer._cache_config).__name__
+        return None
+
     def branches(self) -> int:
         """How often the running call gives each step to the transformer, as far as the pipeline says."""
         separate = self.layout.guidance == "calls" and getattr(self.pipeline, "do_classifier_free_guidance", False)

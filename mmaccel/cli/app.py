@@ -22,6 +22,17 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")]
+Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")]
+Pipeline = Annotated[
+    str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
+]
 Specs = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="A method such as 'holitom:keep=0.15'. Several are put on together."),
@@ -126,9 +137,7 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(help="What to show; for the embedded model such as 'a red ring moves left'.")
     ],
-    model: Annotated[
-        str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
-    ] = "tiny",
+    model: Pipeline = "tiny",
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,18 +151,16 @@ def generate(
         bool, typer.Option("--compare", help="Dense beside accelerated; hsa:runtime=0.5 if no method is given.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File; mmaccel-generated.mp4 or .png if not given.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file; 16, embedded 8.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Generate a video (MP4) or an image (PNG) of a prompt, with or without acceleration."""
@@ -173,9 +180,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--prompts", "-p", help="A prompt, or a file with one a line. May be given several times."),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A folder or Hugging Face ID of a diffusers pipeline, or 'tiny': the embedded one.")
-    ] = "tiny",
+    model: Pipeline = "tiny",
     runtime: Annotated[float, typer.Option(help="Largest share of the dense transformer's work, 0 to 1.")] = 0.5,
     method: Annotated[
         list[str] | None,
@@ -183,17 +188,15 @@ def calibrate(
     ] = None,
     out: Annotated[Path, typer.Option(help="File for 'mmaccel generate --method'.")] = Path("calibration.json"),
     everything: Annotated[bool, typer.Option("--all", help="Show all that was tried.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise of the first prompt.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, float32 elsewhere.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")] = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    dtype: Dtype = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Find the diffusion method, and its setting, that is nearest to the dense result at a share of its work."""

@@ -16,7 +16,7 @@ from mmaccel.core.latent_input import LatentInput
 from mmaccel.core.patching import Patcher
 from mmaccel.core.row_attention import KeysValues
 from mmaccel.core.token_rows import TokenRows
-from mmaccel.errors import MethodError, NonFiniteError
+from mmaccel.errors import ConflictError, MethodError, NonFiniteError
 from mmaccel.report import Report
 from mmaccel.tokens.steps import Plan
 
@@ -137,6 +137,8 @@ class HeldVelocity:
     def _begin(self, at: Call, given: LatentInput) -> _Run:
         if at.fresh or self._run is None:
             self._run = None  # what is held goes before anything new comes
+            if self.site.cache is not None:
+                raise ConflictError(f"{self.name}: diffusers' {self.site.cache} was put on; call disable_cache().")
             if not torch.isfinite(given.latents).all():
                 raise NonFiniteError(
                     "the latents of the first step hold NaN or infinity; check what was given to the pipeline."

@@ -19,6 +19,8 @@ T = TypeVar("T")
 _ABSENT = object()
 # What patchers have to remember about an object is kept in the object, so that it goes where the object goes.
 _LAYERS, _SHARED = "_mmaccel_layers", "_mmaccel_shared"
+# A hook of accelerate keeps the `forward` below it here, and puts that back when it goes, over whatever came on top.
+_KEPT = {"forward": "_old_forward", "_old_forward": "forward"}
 
 
 class _Layers:
@@ -104,6 +106,8 @@ class Patcher:
 
     def wrap(self, obj: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original, *args, **kwargs)` wherever the method `name` of this one object is called."""
+        if name == "forward" and _KEPT[name] in vars(obj):
+            name = _KEPT[name]
         chain = vars(obj).get(name)
         # libraries move what they find: a chain of another object is a callable like any other
         if not isinstance(chain, Chain) or chain.place != (id(obj), name):
@@ -171,8 +175,12 @@ def _unshare(obj: Any, kind: type) -> None:
 def _unwrap(obj: Any, name: str, chain: Chain, wrapper: Callable[..., Any]) -> None:
     chain.wrappers.remove(wrapper)
     # Somebody may have wrapped our chain since; an empty chain is a plain call of the original, so it may stay there.
-    if obj is not None and vars(obj).get(name) is chain:
+    if obj is None or chain.wrappers:
+        return
+    if vars(obj).get(name) is chain:
         settle(obj, name)
+    elif vars(obj).get(_KEPT.get(name, name)) is chain:
+        vars(obj)[_KEPT[name]] = chain.original
 
 
 def settle(obj: Any, name: str) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "holding",
     "known_blocks",
     "one_batch",
+    "refuse_cache",
 ]
 
 STEPS = "on the steps of the diffusion transformer"
@@ -165,12 +166,10 @@ class DiffusersCache(Method):
             NotApplicableError: the transformer has nothing that the cache can hook.
             ConflictError: a cache of diffusers is switched on already.
         """
+        refuse_cache(target.site)
         touches = []
         for name, transformer in target.site.transformers.items():
             kind = type(transformer).__name__
-            if getattr(transformer, "is_cache_enabled", False):
-                on = type(transformer._cache_config).__name__
-                raise ConflictError(f"{kind} has diffusers' {on} on; call disable_cache() first.")
             found = self.sites(transformer)
             if not found:
                 raise NotApplicableError(f"{self.info.name} finds no module in {kind} that it can hook.")
@@ -224,6 +223,16 @@ class DiffusersCache(Method):
             return result
 
         return around
+
+
+def refuse_cache(site: Any) -> None:
+    """Make sure that no cache is on which diffusers itself was asked for.
+
+    Raises:
+        ConflictError: one is.
+    """
+    if site.cache is not None:
+        raise ConflictError(f"{site.family} has diffusers' {site.cache} on; call disable_cache() first.")
 
 
 def _note(called: list[Any]) -> Callable[..., Any]:

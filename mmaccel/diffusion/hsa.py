@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, TOKENS
+from mmaccel.diffusion.diffusers_caches import STEPS, TOKENS, refuse_cache
 from mmaccel.errors import AdapterError, MethodError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 
@@ -25,15 +25,19 @@ class HSA(Method):
     was not at hand. Inferred: guided velocities are scored, and fixed tokens (those of a conditioning image with
     timestep 0) come last. With `divisors`, `first`, `last` or `staggered` the plan is the paper's: a window with groups
     of step divisors, by default d and 2 d with the shares that meet the runtime. Ours: without them whole steps are
-    spread over the run, each scores anew, and tokens in need are computed once more between the first of them;
-    the score is the size of the change and not relative to the velocity, which says little about the error; held
-    velocities go on along their last change (order 1); order 0 holds them, as the paper does. runtime 1 is the
-    identity. The keys and values take 2 x layers x tokens x width numbers a clip and branch of
-    guidance while a step that computes some of the tokens is ahead; they are sized and printed (as a logged warning)
-    before they are made, and refused where memory does not suffice.
+    spread evenly over the run, and all tokens have the same ones; `between` takes a part of the work from them for
+    tokens in need between the first of them, which on the embedded model came out further from dense. The score is the
+    size of the change and not relative to the velocity, which says little about the error. Held velocities go on along
+    their last change (order 1); order 0 holds them, as the paper does. runtime 1 is the identity. The keys and values
+    take 2 x layers x tokens x width numbers a clip and branch of guidance while a step that computes some of the tokens
+    is ahead; they are sized and printed (as a logged warning) before they are made, and refused where memory does not
+    suffice.
     """
 
     runtime: float = knob(0.5, "fraction of the dense transformer time", above=0.0, high=1.0)
+    between: float = knob(
+        0.0, "fraction of the work for tokens in need, between the first whole steps", low=0.0, high=0.9
+    )
     divisors: int | str | None = knob(None, "step divisors of the groups, joined by -; None has the solver choose")
     staggered: bool = knob(False, "tokens of a group take turns, so that steps cost alike")
     first: int | None = knob(None, "whole steps at the beginning; None has the solver choose", low=2)
@@ -47,7 +51,7 @@ class HSA(Method):
 
     info: ClassVar[Info] = Info(
         name="hsa", verb="reuse", stage=Stage.DIFFUSION,
-        summary="gives each token of a latent its own number of denoising steps",
+        summary="computes some denoising steps whole, or some of their tokens, and carries velocities on between",
         source="Not All Tokens Need 40 Steps: Heterogeneous Step Allocation in Diffusion Transformers for Efficient "
         "Video Generation", year=2026, targets=("diffusion",), slots=(STEPS, TOKENS),
     )  # fmt: skip
@@ -63,11 +67,19 @@ class HSA(Method):
         if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
             raise MethodError(f"hsa: divisors={self.divisors!r} are not different whole numbers joined by -.")
 
+        if self.between and not self._spread:
+            raise MethodError("hsa: between is for plans without divisors, first, last and staggered.")
+
+    @property
+    def _spread(self) -> bool:
+        return self.divisors is None and self.first is None and self.last is None and not self.staggered
+
     def plan(self, target: Target) -> list[Touch]:
         """The transformers, their blocks and self-attentions.
 
         Raises:
             NotApplicableError: the transformer stands alone, its layout is not known, or the scheduler has no sigmas.
+            ConflictError: diffusers itself has a cache on.
         """
         site = target.site
         if site.pipeline is None:
@@ -81,6 +93,7 @@ class HSA(Method):
                 f"hsa holds velocities along sigmas, and {type(site.scheduler).__name__} has none; use a flow-matching "
                 "scheduler such as FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
             )
+        refuse_cache(site)
         touches = []
         for name, transformer in site.transformers.items():
             touches.append(Touch(name, "holds and merges velocities"))
@@ -99,8 +112,8 @@ class HSA(Method):
         from mmaccel.tokens.steps import spread_plan, step_plan
 
         def plan(steps: int) -> Plan:
-            if self.divisors is None and self.first is None and self.last is None and not self.staggered:
-                return spread_plan(steps, self.runtime)
+            if self._spread:
+                return spread_plan(steps, self.runtime, between=self.between)
             divisors = () if self.divisors is None else tuple(sorted(map(int, str(self.divisors).split("-"))))
             return step_plan(
                 steps,

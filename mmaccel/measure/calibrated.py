@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mmaccel.errors import MMAccelError
 from mmaccel.method import Method, find
+from mmaccel.report import plain_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -226,13 +227,7 @@ class Calibration:
         return self.table()
 
     def __str__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=110, record=True)
-        console.print(self.table())
-        return console.export_text()
+        return plain_text(self.table())
 
 
 def label(method: Method) -> str:

@@ -186,10 +186,8 @@ def _check_dense(target: Any) -> None:
     on = [method.spec for method in present(target)]
     if on:
         raise ConflictError(f"{' + '.join(on)} is on this pipeline already; remove it before you calibrate.")
-    for transformer in target.site.transformers.values():
-        if getattr(transformer, "is_cache_enabled", False):
-            cache = type(transformer._cache_config).__name__
-            raise ConflictError(f"diffusers' {cache} is on; call disable_cache() before you calibrate.")
+    if target.site.cache is not None:
+        raise ConflictError(f"diffusers' {target.site.cache} is on; call disable_cache() before you calibrate.")
 
 
 def _compiled(target: Any) -> bool:

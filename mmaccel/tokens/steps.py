@@ -13,7 +13,7 @@ from mmaccel.errors import MethodError
 
 __all__ = ["Plan", "SpreadPlan", "StepPlan", "smallest_runtime", "spread_plan", "step_plan"]
 
-_FEWEST = 4
+_FEWEST, _DISTILLED = 3, 6
 _LARGEST_GAP = 16
 
 
@@ -47,26 +47,30 @@ class SpreadPlan:
         return torch.arange(tokens) < counts[:, None]
 
 
-def spread_plan(steps: int, runtime: float, *, between: float = 0.1, share: float = 0.5) -> SpreadPlan:
-    """Spread whole steps evenly, and compute the neediest tokens once more in between while noise is largest.
+def spread_plan(steps: int, runtime: float, *, between: float = 0.0, share: float = 0.5) -> SpreadPlan:
+    """Spread whole steps evenly, and spend the rest on the neediest tokens between the first of them.
 
     between: the fraction of the budget `runtime * steps` for steps that compute about `share` of the tokens; they
-    stand in the middle of the first gaps. What rounding leaves over is theirs as well, so that the budget is met.
+    stand in the middle of the first gaps. What is no whole step is theirs as well, so that the budget is met.
 
     Raises:
-        MethodError: fewer than 4 steps' worth of work would be left, or gaps above 16 steps; the message names the
-            smallest runtime that can be reached.
+        MethodError: fewer than 6 steps, as distilled models take, or fewer than 3 steps' worth of work, or gaps above
+            16 steps; the message names the smallest runtime that can be reached.
     """
     if runtime >= 1.0:
         return SpreadPlan((1.0,) * steps)
     budget = runtime * steps
+    if steps < _DISTILLED:
+        raise MethodError(
+            f"with {steps} steps, as distilled models take, each one moves the latents far and it does not pay to hold "
+            f"velocities: the smallest runtime is 1. Take {_DISTILLED} steps or more, or remove the method."
+        )
     fewest = max(_FEWEST, math.ceil(steps / _LARGEST_GAP))
     if budget < fewest - 1e-9:
         smallest = min(1.0, math.ceil(fewest / steps * 1000) / 1000)
         raise MethodError(
             f"runtime={runtime:g} cannot be reached in {steps} steps: fewer than {fewest} of them would be computed; "
             f"the smallest runtime is {smallest:g}."
-            + (" With so few steps it does not pay; remove the method." if steps < 10 else "")
         )
     fractions = [0.0] * steps
     whole = max(fewest - 1, math.floor(budget * (1 - between) + 1e-9))

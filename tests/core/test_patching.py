@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from mmaccel.core.patching import Patcher, settle, shared
+from mmaccel.core.patching import Chain, Patcher, settle, shared
 
 
 class Thing(nn.Module):
@@ -158,3 +159,31 @@ def test_a_chain_that_a_library_moved_is_no_chain_of_ours():
     settle(module, "forward")
     assert "forward" not in vars(module)
     assert torch.equal(module(x), plain)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_a_wrapper_outlives_the_hooks_of_accelerate(hooked, gone):
+    """Offloading takes its hook away and puts it on again behind every call of a pipeline."""
+    thing, twin, patcher = Thing(), Thing(), Patcher()
+    before, x = state(thing)[0].keys(), torch.ones(1, 2)
+    thing.load_state_dict(twin.state_dict())
+    if hooked == "before":
+        add_hook_to_module(thing, ModelHook())
+    patcher.wrap(thing, "forward", lambda call, *args, **kwargs: call(*args, **kwargs) + 1)
+    if hooked == "after":
+        add_hook_to_module(thing, ModelHook())
+    for _ in range(2):
+        assert torch.equal(thing(x), twin(x) + 1)
+        remove_hook_from_module(thing)
+        assert torch.equal(thing(x), twin(x) + 1)
+        add_hook_to_module(thing, ModelHook())
+    if gone:
+        remove_hook_from_module(thing)
+    patcher.undo()
+    assert torch.equal(thing(x), twin(x))
+    if not gone:
+        remove_hook_from_module(thing)
+    assert not any(isinstance(value, Chain) for value in vars(thing).values())
+    assert state(thing)[0].keys() - before <= {"forward"}  # accelerate leaves the method of the class there
+    assert thing.forward == Thing.forward.__get__(thing)

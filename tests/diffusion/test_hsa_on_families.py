@@ -59,7 +59,7 @@ def test_half_the_rows_are_computed_and_the_report_says_so(family: Family):
     whole = sum(seen)
     assert whole % (STEPS * family.tokens) == 0
     seen.clear()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)) as handle:
         ours = family.call(pipe, steps=STEPS)
         counted = handle.report().as_dict()["tokens"][0]
     assert torch.isfinite(ours).all()
@@ -73,7 +73,7 @@ def test_half_the_rows_are_computed_and_the_report_says_so(family: Family):
 @every
 def test_calls_are_independent_whatever_changes_between_them(family: Family):
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         first = family.call(pipe, steps=STEPS)
         family.call(pipe, steps=13, items=(1,))
         family.call(pipe, steps=STEPS, size=LARGE)
@@ -90,7 +90,7 @@ def test_calls_are_independent_whatever_changes_between_them(family: Family):
 def test_a_batch_equals_single_items(name, guided):
     family = FAMILIES[name]
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         both = family.call(pipe, steps=STEPS, items=(0, 1), guided=guided)
         alone = [
             family.call(pipe, steps=STEPS, items=(item,), seed=item, guided=guided)
@@ -105,7 +105,7 @@ def test_undo_is_exact_and_pipelines_are_independent(family: Family):
     family.call(pipe, steps=2)  # the first call leaves a registry of diffusers' own
     family.call(twin, steps=2)
     before = traces(twin)
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         family.call(pipe, steps=STEPS)
         expected = family.call(twin, steps=STEPS, seed=1)
     assert traces(pipe) == before
@@ -117,7 +117,7 @@ def test_half_of_the_layers_may_keep_keys_and_values(name):
     """In the others computed rows see each other only, with masks and tables to match."""
     family = FAMILIES[name]
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, layers=0.5, memory="fp8")):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2, layers=0.5, memory="fp8")):
         first = family.call(pipe, steps=STEPS)
         assert torch.isfinite(first).all()
         both = family.call(pipe, steps=STEPS, items=(0, 1))
@@ -128,7 +128,7 @@ def test_half_of_the_layers_may_keep_keys_and_values(name):
 def test_models_that_wait_on_another_device(name):
     family = FAMILIES[name]
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         expected = family.call(pipe, steps=STEPS)
         pipe.enable_model_cpu_offload(device="cpu")
         assert torch.equal(family.call(pipe, steps=STEPS), expected)
@@ -148,7 +148,7 @@ def test_a_callback_that_raises_or_interrupts_leaves_the_pipeline_usable(name):
         pipe._interrupt = step >= 6
         return {}
 
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         expected = family.call(pipe, steps=STEPS)
         with pytest.raises(RuntimeError, match="enough"):
             family.call(pipe, steps=STEPS, items=(2,), callback_on_step_end=stop)
@@ -161,7 +161,7 @@ def test_a_callback_that_raises_or_interrupts_leaves_the_pipeline_usable(name):
 def test_latents_that_are_not_numbers_are_refused(name):
     family = FAMILIES[name]
     pipe = family.build()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         with pytest.raises(NonFiniteError, match="latents of the first step"):
             family.call(pipe, steps=STEPS, latents=torch.full(family.latents, float("nan")))
         family.call(pipe, steps=STEPS)
@@ -212,7 +212,7 @@ def test_nothing_is_held_between_calls(name):
         alive.extend(map(weakref.ref, parts))
         store(self, *parts)
 
-    with pytest.MonkeyPatch.context() as patch, mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)):
+    with pytest.MonkeyPatch.context() as patch, mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)):
         patch.setattr(KeysValues, "store", watched)
         FAMILIES[name].call(pipe, steps=STEPS, **more)
         gc.collect()
@@ -230,7 +230,7 @@ def test_further_calls_of_a_step_with_a_batch_of_their_own(start, stop):
     family.call(pipe, steps=STEPS, **more)
     whole = sum(seen)
     seen.clear()
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5)) as handle:
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.5, first=2)) as handle:
         first = family.call(pipe, steps=STEPS, **more)
         assert sum(seen) / whole == pytest.approx(0.5, abs=0.1)
         assert handle.report().as_dict()["tokens"][0]["tokens_out"] == sum(seen)
@@ -259,7 +259,10 @@ def test_blocks_that_treat_the_first_frame_unlike_the_others():
     dense = family.call(pipe, steps=STEPS)
     with mmaccel.accelerate(pipe, "hsa:runtime=1.0"):
         assert torch.equal(family.call(pipe, steps=STEPS), dense)
-    with mmaccel.accelerate(pipe, "hsa:runtime=0.5"), pytest.raises(NotApplicableError, match="token_replace_emb"):
+    with (
+        mmaccel.accelerate(pipe, "hsa:runtime=0.5;first=2"),
+        pytest.raises(NotApplicableError, match="token_replace_emb"),
+    ):
         family.call(pipe, steps=STEPS)
     with mmaccel.accelerate(pipe, "tomesd") as handle:
         assert torch.equal(family.call(pipe, steps=STEPS), dense)
@@ -288,7 +291,7 @@ def test_sound_always_hears_all_of_the_picture(divisors):
     pipe = family.build()
     with dense:
         family.call(pipe, steps=2)
-    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.35, divisors=divisors)), ours:
+    with mmaccel.accelerate(pipe, mmaccel.HSA(runtime=0.35, divisors=divisors, first=2)), ours:
         family.call(pipe, steps=STEPS)
     sound = {pair for pair in dense.seen if pair[0] != family.tokens}
     assert {pair[1] for pair in sound} > {family.tokens}
