@@ -49,10 +49,12 @@ class Storage:
 class _Branch:
     """What a branch of guidance holds: its last velocity, how fast it changes, since when; `prompt` names a text.
 
-    step: when it was called last; a branch may pause, and begins again with a whole step.
+    step: when it was called last; a branch may pause, and begins again with a whole step. sound:
+    whether its velocity is known to be finite.
     """
 
     step: int = -1
+    sound: bool = False
     last: Tensor | None = None
     slope: Tensor | None = None
     since: Tensor | None = None
@@ -194,6 +196,7 @@ class HeldVelocity:
             output = call()
             self._whole(branch, _velocity(output)[0], given.now)
             return output
+        _check(branch)
         if not len(chosen):
             held = self._merge(branch, None, None, given.now)
             return (held,) if given.given.get("return_dict") is False else self.site.output(held)
@@ -217,7 +220,7 @@ class HeldVelocity:
         if branch.last is not None and branch.since is not None:
             branch.slope = (velocity.detach() - branch.last) / _gap(now - branch.since).to(velocity.dtype)
         branch.last = velocity.detach().clone()
-        branch.since = now
+        branch.since, branch.sound = now, False
 
     def _merge(self, branch: _Branch, velocity: Tensor | None, mask: Tensor | None, now: Tensor) -> Tensor:
         last, since, slope = branch.last, branch.since, branch.slope
@@ -259,12 +262,7 @@ class HeldVelocity:
         if len(values) == 2 and scale is not None:
             values = [values[1] + scale * (values[0] - values[1])]
         parts = self.site.parts(given.latents)
-        score = torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1).norm(dim=-1)
-        if not torch.isfinite(score).all():
-            raise NonFiniteError(
-                "the transformer gave NaN or infinity as velocity; try another dtype or fewer methods."
-            )
-        return score
+        return torch.cat([torch.cat(value.chunk(parts), -1) for value in values], -1).norm(dim=-1)
 
     def _allocate(self, run: _Run, branch: _Branch, at: Call, given: LatentInput) -> None:
         attentions = {
@@ -319,6 +317,13 @@ class HeldVelocity:
 def _places(order: Tensor, chosen: Tensor, latents: Tensor) -> Tensor:
     rows = order.index_select(1, chosen.to(order.device)).sort(1).values
     return rows if rows.shape[0] == 1 else rows.repeat(latents.shape[0] // rows.shape[0], 1)
+
+
+def _check(branch: _Branch) -> None:
+    """Hold no velocity that is not finite; asked once a whole step, as an answer waits for the device."""
+    if not branch.sound and branch.last is not None and not torch.isfinite(branch.last).all():
+        raise NonFiniteError("the transformer gave NaN or infinity as velocity; try another dtype or fewer methods.")
+    branch.sound = True
 
 
 def _items(branch: _Branch) -> int:

@@ -190,6 +190,20 @@ def test_undo_is_exact_in_any_order_with_diffusers_own_cache():
     assert before != traces(twin)
 
 
+@pytest.mark.parametrize("spec", ["hsa:runtime=0.5", "hsa:runtime=0.5;first=2", "hsa:runtime=0.5;between=0.3"])
+def test_a_velocity_that_is_not_finite_is_not_held(spec):
+    pipe, calls = tiny_wan_pipeline(), []
+    with mmaccel.accelerate(pipe, spec):
+        expected = generate(pipe)
+        hook = pipe.transformer.blocks[0].attn1.to_v.register_forward_hook(
+            lambda _m, _a, output: output * float("nan") if len(calls) > 4 or calls.append(1) else output
+        )
+        with pytest.raises(NonFiniteError, match="velocity"):
+            generate(pipe)
+        hook.remove()
+        assert torch.equal(generate(pipe), expected)
+
+
 @pytest.mark.parametrize(
     "cache",
     [
