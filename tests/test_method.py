@@ -17,8 +17,8 @@ from mmaccel.method import Info, Method, Stage, find, knob, parse, registry
 EXPECTED = {
     "holitom", "visionzip", "fastv", "evs", "random", "uniform", "fewer-frames", "fewer-pixels",
     "idpruner", "divprune", "vidcom2", "prumerge",
-    "hsa", "taylorseer", "magcache", "pab", "seacache", "fewer-steps", "fastercache", "text-kv-cache",
-    "tomesd",
+    "hsa", "diffsparse", "sparse-plan", "taylorseer", "magcache", "pab", "seacache", "fewer-steps",
+    "fastercache", "text-kv-cache", "tomesd",
     "first-block-cache", "prompt-lookup", "dycoke", "fastvid", "prunevid", "earlytom",
 }  # fmt: skip
 

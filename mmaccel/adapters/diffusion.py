@@ -32,19 +32,21 @@ class Layout:
     """How a family of transformers treats the tokens of a latent.
 
     blocks: its block lists, in order. attention: names of a block's attentions among the latent's tokens; readers: of
-    further ones whose keys these are. feed_forward: names of its modules that see every token by itself. text: where
-    the prompt's tokens stand among the tokens of these, if they are there. rotary: names that a block's argument
-    with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have no batch axis (they then turn
-    neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times: arguments of a block that may
-    hold one time embedding a token; apart: those that treat some tokens unlike others. skipped: an attention's argument
-    that says that it does not attend. companion: whether another stream runs along, which needs every step. output:
-    which of a block's outputs are the latent's tokens, None if there is one output only. projections: layers that see
-    the prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines
-    compute its branches by a call each or by one batch; prompt_first: the one with the prompt, or class, then leads.
+    further ones whose keys these are; cross: of those that see the prompt alone. feed_forward: names
+    of its modules that see every token by itself. text: where the prompt's tokens stand among the tokens of these,
+    if they are there. rotary: names that a block's argument with a pair of rotary tables may have; rotary_dim:
+    their token axis, 0 where they have no batch axis (they then turn neighbouring pairs); rotary_text: whether they
+    begin with rows for the prompt. times: arguments of a block that may hold one time embedding a token; apart:
+    those that treat some tokens unlike others. skipped: an attention's argument that says that it does not attend.
+    companion: whether another stream runs along, which needs every step. output: which of a block's outputs are the
+    latent's tokens, None if there is one output only. projections: layers that see the prompt alone. frames_first:
+    a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines compute its branches by a call
+    each or by one batch; prompt_first: the one with the prompt, or class, then leads.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention: tuple[str, ...] = ("attn1",)
+    cross: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     feed_forward: tuple[str, ...] = ("ff",)
     text: Literal["none", "first", "last"] = "none"
@@ -72,11 +74,11 @@ _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
-        blocks=("blocks",), feed_forward=("ffn",), rotary=("rotary_emb",), times=("temb",),
+        blocks=("blocks",), cross=("attn2",), feed_forward=("ffn",), rotary=("rotary_emb",), times=("temb",),
         projections=(*_CROSS, "attn2.add_k_proj", "attn2.add_v_proj"), guidance="calls",
     ),
     "LTXVideoTransformer3DModel": Layout(
-        rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS, packed=True,
+        cross=("attn2",), rotary=("image_rotary_emb",), times=("temb",), projections=_CROSS, packed=True,
     ),
     # what its layers make of the prompt may depend on the time
     "LTX2VideoTransformer3DModel": Layout(
@@ -97,7 +99,7 @@ _LAYOUTS = {
         rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls", packed=True,
     ),
     "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
-    "PixArtTransformer2DModel": Layout(projections=_CROSS),
+    "PixArtTransformer2DModel": Layout(cross=("attn2",), projections=_CROSS),
     "DiTTransformer2DModel": Layout(prompt_first=True),
 }  # fmt: skip
 

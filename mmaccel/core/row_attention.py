@@ -25,6 +25,11 @@ class KeysValues:
     def __len__(self) -> int:
         return len(self._stored)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory held, in bytes."""
+        return sum(part.nbytes for part in self._stored)
+
     def store(self, *parts: Tensor) -> None:
         """Take keys and values over; they are copied only where dtype or device ask for it, or a gradient is wanted."""
         self._stored = [
@@ -40,14 +45,25 @@ class KeysValues:
         for stored, fresh in zip(self._stored, parts, strict=True):
             # 8-bit floats have no indexed writes of their own
             bits = torch.uint8 if stored.element_size() == 1 else stored.dtype
-            places = rows.to(stored.device)[:, None, :, None].expand(fresh.shape)
-            stored.view(bits).scatter_(2, places, _fitting(fresh, stored.dtype).to(stored.device).view(bits))
+            _put(stored.view(bits), rows.to(stored.device), _fitting(fresh, stored.dtype).to(stored.device).view(bits))
             part = stored.to(device=fresh.device, dtype=fresh.dtype)
             if stored.dtype != fresh.dtype:
                 # what was just computed is used as it is, not as it is stored
                 part.scatter_(2, rows[:, None, :, None].expand(fresh.shape), fresh)
             whole.append(part)
         return whole
+
+
+def _put(stored: Tensor, rows: Tensor, fresh: Tensor) -> None:
+    """Write `fresh` [B, heads, m, d] at rows [B or 1, m] of `stored` [B, heads, N, d], in place."""
+    by_token = stored.transpose(1, 2)
+    if not by_token.is_contiguous():
+        stored.scatter_(2, rows[:, None, :, None].expand(fresh.shape), fresh)
+        return
+    # as models make them: all heads of a token lie side by side, and rows are copied whole
+    batch, tokens = by_token.shape[:2]
+    places = (rows + torch.arange(batch, device=rows.device)[:, None] * tokens).flatten()
+    by_token.view(batch * tokens, -1).index_copy_(0, places, fresh.transpose(1, 2).reshape(len(places), -1))
 
 
 def _fitting(values: Tensor, dtype: torch.dtype) -> Tensor:

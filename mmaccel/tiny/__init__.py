@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLASS_TO_IMAGE_FOLDER",
+    "CLASS_TO_IMAGE_SCHEDULE",
     "IMAGE_CALL",
     "TEXT_TO_VIDEO_FOLDER",
     "VIDEO_CALL",
@@ -23,6 +24,7 @@ __all__ = [
 VIDEO_QA_FOLDER = Path(__file__).parent / "video_qa"
 TEXT_TO_VIDEO_FOLDER = Path(__file__).parent / "text_to_video"
 CLASS_TO_IMAGE_FOLDER = Path(__file__).parent / "class_to_image"
+CLASS_TO_IMAGE_SCHEDULE = Path(__file__).parent / "schedules" / "class_to_image.safetensors"
 
 VIDEO_CALL: dict[str, Any] = {
     "height": 64,
