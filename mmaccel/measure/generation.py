@@ -1,8 +1,9 @@
-"""Where the time of one call of a diffusers pipeline goes: text encoders, transformers, autoencoder, the rest."""
+"""One call of a diffusers pipeline: where its time goes (text encoders, transformers, autoencoder), and its latents."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from mmaccel.measure.stages import DeviceClock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["STAGES", "pipeline_stages", "watch_pipeline"]
+__all__ = ["STAGES", "Denoised", "pipeline_stages", "watch_pipeline", "watch_steps"]
 
 STAGES = ("text encoder", "transformer", "vae", "rest")
 
@@ -52,6 +53,32 @@ def watch_pipeline(pipe: Any, read: Callable[[], Any]) -> Iterator[Spans]:
                     if callable(getattr(part, method, None)):
                         patcher.wrap(part, method, _metered(spans, "vae"))
         yield spans
+    finally:
+        patcher.undo()
+
+
+@dataclass
+class Denoised:
+    """What the scheduler of a pipeline gave last, and how many steps it has made; None before the first."""
+
+    latents: torch.Tensor | None = None
+    steps: int = 0
+
+
+@contextmanager
+def watch_steps(pipe: Any) -> Iterator[Denoised]:
+    """Keep the latents of the last step of the scheduler, which not every pipeline hands out itself."""
+    denoised, patcher = Denoised(), Patcher()
+
+    def step(call: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        denoised.latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        denoised.steps += 1
+        return result
+
+    patcher.wrap(pipe.scheduler, "step", step)
+    try:
+        yield denoised
     finally:
         patcher.undo()
 

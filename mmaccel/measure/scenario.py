@@ -38,6 +38,8 @@ def _runner(name: str) -> tuple[type, Callable[..., list[dict[str, Any]]]]:
     from mmaccel.measure import (
         run_codec_signals,
         run_codecs,
+        run_generation_quality,
+        run_generation_speed,
         run_kernels,
         run_quality,
         run_speed,
@@ -52,6 +54,8 @@ def _runner(name: str) -> tuple[type, Callable[..., list[dict[str, Any]]]]:
         "codec-signals": (run_codec_signals.CodecSignalOptions, run_codec_signals.run),
         "towers": (run_towers.TowerOptions, run_towers.run),
         "streaming": (run_streaming.StreamingOptions, run_streaming.run),
+        "generation-quality": (run_generation_quality.GenerationQualityOptions, run_generation_quality.run),
+        "generation-speed": (run_generation_speed.GenerationSpeedOptions, run_generation_speed.run),
         "codecs": (run_codecs.CodecOptions, run_codecs.run),
     }
     if name not in known:

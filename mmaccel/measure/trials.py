@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 
 from mmaccel.api import accelerate
-from mmaccel.core.patching import Patcher
 from mmaccel.errors import AdapterError, ConflictError, MethodError, NonFiniteError, NotApplicableError
 from mmaccel.handle import present
 from mmaccel.measure.flops import counted_flops
-from mmaccel.measure.generation import pipeline_stages, watch_pipeline
+from mmaccel.measure.generation import pipeline_stages, watch_pipeline, watch_steps
 from mmaccel.targets import resolve
 
 if TYPE_CHECKING:
@@ -152,19 +151,7 @@ class Trials:
         return Trial(latents, steps, seconds=stages["transformer"], pixels=_pixels(found))
 
     def _call(self, number: int, kind: str) -> tuple[torch.Tensor, int, Any]:
-        last: list[Any] = []
-
-        def step(call: Any, *args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample, steps() + 1]
-            return result
-
-        def steps() -> int:
-            return last[1] if last else 0
-
-        patcher = Patcher()
-        patcher.wrap(self.pipe.scheduler, "step", step)
-        try:
+        with watch_steps(self.pipe) as denoised:
             found = self.pipe(
                 **self.requests[number],
                 **self.arguments,
@@ -172,14 +159,12 @@ class Trials:
                 # on the host, so that a seed means the same noise on every device
                 generator=torch.Generator().manual_seed(self.seed + number),
             )
-        finally:
-            patcher.undo()
-        if not last:
+        if denoised.latents is None:
             raise NotApplicableError(f"{type(self.pipe).__name__} never called its scheduler, so it cannot be judged.")
-        latents = last[0].detach().cpu()
+        latents = denoised.latents.detach().cpu()
         if not torch.isfinite(latents).all():
             raise NonFiniteError("the latents of the last step hold NaN or infinity; try another dtype.")
-        return latents, steps(), found
+        return latents, denoised.steps, found
 
 
 def _check_dense(target: Any) -> None:

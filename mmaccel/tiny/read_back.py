@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mmaccel.tiny.world import Question
 
-__all__ = ["asked", "feature_distance", "psnr", "read_back", "still"]
+__all__ = ["asked", "clip_features", "feature_distance", "psnr", "read_back", "replies_right", "still"]
 
 
 def asked(story: Story) -> list[Question]:
@@ -41,12 +41,10 @@ def read_back(
     hits: dict[str, list[bool]] = {}
     whole = []
     for frames, story in zip(clips, stories, strict=True):
-        wanted = [question for question in asked(story) if not kinds or question.kind in kinds]
-        replies = answers(model, processor, framed(frames), [question.text for question in wanted])
-        right = [question.answer == reply for question, reply in zip(wanted, replies, strict=True)]
-        whole.append(all(right))
-        for question, hit in zip(wanted, right, strict=True):
-            hits.setdefault(question.kind, []).append(hit)
+        right = replies_right(model, processor, frames, story, kinds)
+        whole.append(all(hit for _, hit in right))
+        for kind, hit in right:
+            hits.setdefault(kind, []).append(hit)
     every = [hit for values in hits.values() for hit in values]
     return {
         "clips": len(whole),
@@ -56,21 +54,34 @@ def read_back(
     }
 
 
+def replies_right(
+    model: Any, processor: Any, frames: np.ndarray, story: Story, kinds: Sequence[str] = ()
+) -> list[tuple[str, bool]]:
+    """The kind of each question about one clip uint8 [T, WINDOW, WINDOW, 3], and whether the answer was the prompt's.
+
+    `kinds` leaves other questions out.
+    """
+    wanted = [question for question in asked(story) if not kinds or question.kind in kinds]
+    replies = answers(model, processor, framed(frames), [question.text for question in wanted])
+    return [(question.kind, question.answer == reply) for question, reply in zip(wanted, replies, strict=True)]
+
+
 def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite if they are equal."""
     error = np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2)
     return math.inf if error == 0 else float(10.0 * np.log10(255.0**2 / error))
 
 
-@torch.no_grad()
 def feature_distance(model: Any, processor: Any, frames: np.ndarray, reference: np.ndarray) -> float:
     """Mean cosine distance, 0 to 2, between the video-QA model's visual tokens of two clips uint8 [T, H, W, 3]."""
+    first, second = clip_features(model, processor, frames), clip_features(model, processor, reference)
+    return float(1.0 - torch.cosine_similarity(first, second, dim=-1).mean())
+
+
+@torch.no_grad()
+def clip_features(model: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
+    """The video-QA model's visual tokens of a clip uint8 [T, H, W, 3], float64 [tokens, width]."""
     text = [processor.apply_chat_template(prompt("how many objects are there ?"), add_generation_prompt=True)]
-    seen = [
-        model.model.get_video_features(
-            processor(text=text, videos=[framed(clip)], return_tensors="pt")["pixel_values_videos"]
-        ).pooler_output
-        for clip in (frames, reference)
-    ]
-    first, second = (part[0] if isinstance(part, (list, tuple)) else part for part in seen)
-    return float(1.0 - torch.cosine_similarity(first.double(), second.double(), dim=-1).mean())
+    pixels = processor(text=text, videos=[framed(frames)], return_tensors="pt")["pixel_values_videos"]
+    seen = model.model.get_video_features(pixels).pooler_output
+    return (seen[0] if isinstance(seen, (list, tuple)) else seen).double()
