@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_tables import generation_quality, generation_speed, plot_generation
 from encoder_tables import encoders, equal_flops, plot_streaming, streaming, towers
 from table_format import (
     Row,
@@ -430,6 +431,11 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "codecs/pool": codec_pool,
     "codecs/signals": codec_signals,
     "codecs/reuse": codec_signals,
+    "diffusion/video": generation_quality,
+    "diffusion/euler": generation_quality,
+    "diffusion/image": generation_quality,
+    "diffusion/speed": generation_speed,
+    "diffusion/wan": generation_speed,
 }
 SCENARIOS = {
     "kernels": "kernels/speed",
@@ -480,6 +486,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = 
         drawn = [*plot_quality(results), *plot_quality(results, "encoders/quality")]
         if streams := rows_of("encoders/streaming", results):
             drawn.append(plot_streaming(streams, results / "encoders" / "streaming.png"))
+        for name in ("diffusion/video", "diffusion/euler", "diffusion/image"):
+            if found := rows_of(name, results):
+                drawn += plot_generation(found, results / name)
         for path in drawn:
             print(f"{path}: drawn")
     return 1 if stale and chosen.check else 0

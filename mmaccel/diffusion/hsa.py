@@ -25,7 +25,8 @@ class HSA(Method):
     was not at hand. Inferred: guided velocities are scored, and fixed tokens (those of a conditioning image with
     timestep 0) come last. With `divisors`, `first`, `last` or `staggered` the plan is the paper's: a window with groups
     of step divisors, by default d and 2 d with the shares that meet the runtime. Ours: without them whole steps are
-    spread evenly over the run, and all tokens have the same ones; `between` takes a part of the work from them for
+    spread over the run, evenly, or closer at the beginning and up to the last step where the scheduler is a multistep
+    solver (UniPC, DPM-Solver++), and all tokens have the same ones; `between` takes a part of the work from them for
     tokens in need between the first of them, which on the embedded model came out further from dense. The score is the
     size of the change and not relative to the velocity, which says little about the error. Held velocities go on along
     their last change (order 1); order 0 holds them, as the paper does. runtime 1 is the identity. The keys and values
@@ -113,7 +114,9 @@ class HSA(Method):
 
         def plan(steps: int) -> Plan:
             if self._spread:
-                return spread_plan(steps, self.runtime, between=self.between)
+                # asked anew in every run, as the scheduler may have been replaced
+                multistep = installer.target.site.scheduler.config.get("solver_order", 1) > 1
+                return spread_plan(steps, self.runtime, between=self.between, multistep=multistep)
             divisors = () if self.divisors is None else tuple(sorted(map(int, str(self.divisors).split("-"))))
             return step_plan(
                 steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ["Plan", "SpreadPlan", "StepPlan", "smallest_runtime", "spread_plan", 
 
 _FEWEST, _DISTILLED = 3, 6
 _LARGEST_GAP = 16
+_RISE, _FALL = 1.0, 5.0
 
 
 class Plan(Protocol):
@@ -47,11 +49,15 @@ class SpreadPlan:
         return torch.arange(tokens) < counts[:, None]
 
 
-def spread_plan(steps: int, runtime: float, *, between: float = 0.0, share: float = 0.5) -> SpreadPlan:
+def spread_plan(
+    steps: int, runtime: float, *, between: float = 0.0, share: float = 0.5, multistep: bool = False
+) -> SpreadPlan:
     """Spread whole steps evenly, and spend the rest on the neediest tokens between the first of them.
 
     between: the fraction of the budget `runtime * steps` for steps that compute about `share` of the tokens; they
     stand in the middle of the first gaps. What is no whole step is theirs as well, so that the budget is met.
+    multistep: for solvers that build on the last few velocities: whole steps are closer at the beginning, and the last
+    step is one of them, because such solvers end with a step of first order, which is long.
 
     Raises:
         MethodError: fewer than 6 steps, as distilled models take, or fewer than 3 steps' worth of work, or gaps above
@@ -74,17 +80,39 @@ def spread_plan(steps: int, runtime: float, *, between: float = 0.0, share: floa
         )
     fractions = [0.0] * steps
     whole = max(fewest - 1, math.floor(budget * (1 - between) + 1e-9))
-    # the shorter gaps come first, where noise is largest and a wrong turn is not taken back
-    short = whole - steps % whole
-    turns = [index * (steps // whole) + max(0, index - short) for index in range(whole)]
+    rest = budget - whole
+    turns = _early(steps, whole) if multistep else _even(steps, whole)
+    if len(_middles(turns, steps)) < math.ceil(rest - 1e-9):
+        turns = _even(steps, whole)
     for step in turns:
         fractions[step] = 1.0
-    gaps = [(a + b) // 2 for a, b in zip(turns, [*turns[1:], steps], strict=True) if b - a > 1]
-    rest = budget - whole
-    chosen = gaps[: max(math.ceil(rest - 1e-9), round(rest / share))]
+    chosen = _middles(turns, steps)[: max(math.ceil(rest - 1e-9), round(rest / share))]
     for step in chosen:
         fractions[step] = rest / len(chosen)
     return SpreadPlan(tuple(fractions))
+
+
+def _middles(turns: list[int], steps: int) -> list[int]:
+    return [(a + b) // 2 for a, b in pairwise([*turns, steps]) if b - a > 1]
+
+
+def _even(steps: int, whole: int) -> list[int]:
+    # the shorter gaps come first, where noise is largest and a wrong turn is not taken back
+    short = whole - steps % whole
+    return [index * (steps // whole) + max(0, index - short) for index in range(whole)]
+
+
+def _early(steps: int, whole: int) -> list[int]:
+    """From the first step to the last one, closer at the beginning."""
+    # density of whole steps at a share x of the run: 1 + _RISE * exp(-_FALL * x), and its integral
+    covered = [x + _RISE / _FALL * (1 - math.exp(-_FALL * x)) for x in (step / steps for step in range(steps))]
+    wanted = [index * covered[-1] / (whole - 1) for index in range(whole)]
+    turns = [0]
+    for index in range(1, whole):
+        nearest = min(range(steps), key=lambda step: abs(covered[step] - wanted[index]))
+        turns.append(min(max(nearest, turns[-1] + 1), steps - whole + index))
+    too_long = max(b - a for a, b in pairwise(turns)) > _LARGEST_GAP
+    return _even(steps, whole) if too_long else turns
 
 
 @dataclass(frozen=True)

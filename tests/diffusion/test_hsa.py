@@ -366,14 +366,15 @@ def evaluations(plan):
     return sum(int(step.sum()) for step in plan.active(1000)) / 1000
 
 
+@pytest.mark.parametrize("multistep", [False, True])
 @pytest.mark.parametrize("between", [0.0, 0.1, 0.3])
-def test_spread_plans_meet_their_budget_exactly_and_compute_the_needy_first(between):
+def test_spread_plans_meet_their_budget_exactly_and_compute_the_needy_first(between, multistep):
     for steps, runtime in itertools.product((8, 12, 20, 28, 40, 50), (0.1, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95, 1.0)):
         if runtime * steps < max(3, steps / 16):
             with pytest.raises(MethodError, match="smallest runtime is"):
-                spread_plan(steps, runtime, between=between)
+                spread_plan(steps, runtime, between=between, multistep=multistep)
             continue
-        plan = spread_plan(steps, runtime, between=between)
+        plan = spread_plan(steps, runtime, between=between, multistep=multistep)
         active = plan.active(1000)
         assert active.shape == (steps, 1000)
         assert evaluations(plan) / steps == pytest.approx(runtime, abs=1e-3)
