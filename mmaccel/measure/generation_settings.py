@@ -32,9 +32,9 @@ _KNOBS = {"blocks": 8, "threshold": 0.08, "warmup": 8, "taylor": 0}
 class Profile:
     """What one untimed call of a setting did.
 
-    missing: why it cannot be measured (not installed, does not fit, refuses this call), or None. flops: of the transformers, and work: as a share of the dense ones.
-    memory: {"peak", "growth" (above what was held before), "method"}, in bytes. settles: the first call only measures,
-    dense, and the next is what counts.
+    missing: why it cannot be measured (not installed, does not fit, refuses this call), or None. flops: of the
+    transformers, and work: as a share of the dense ones. memory: {"peak", "growth" (above what was held before),
+    "method"}, in bytes. settles: the first call only measures, dense, and the next is what counts.
     """
 
     missing: str | None = None
