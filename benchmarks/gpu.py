@@ -2,7 +2,8 @@
 
 First the kernel tests, compiled instead of interpreted; only if they pass, decoding by every hardware decoder that is
 there, compared with FFmpeg's software, then the speeds of the kernels and of the published configurations with random
-weights. Rows go to FOLDER as JSON lines, as `mmaccel bench` writes them. `--quick` takes one model and one length.
+weights, of video language models and of diffusion transformers. Rows go to FOLDER as JSON lines, as `mmaccel bench`
+writes them. `--quick` takes one model and one length.
 """
 
 from __future__ import annotations
@@ -130,7 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
     bench = [sys.executable, "-c", "import sys; from mmaccel.cli import main; sys.exit(main(sys.argv[1:]))", "bench"]
     kernels = [*bench, "kernels/speed", "--out", str(chosen.out / "kernels.jsonl"), "--set", "device=cuda"]
     models = [*bench, "video_lm/speed_published", "--out", str(chosen.out / "speed.jsonl"), "--set", "device=cuda"]
+    generators = [*bench, "diffusion/speed", "--out", str(chosen.out / "generation.jsonl")]
+    for option in ("device=cuda", "dtype=bfloat16", "full=true", "layers=[0]", "steps=0"):
+        generators += ["--set", option]
     if chosen.quick:
+        generators += ["--set", 'models=["wan-2.1-1.3b"]']
         models += ["--set", 'models=["llava-onevision-7b"]', "--set", "frames=[32]"]
     else:
         kernels += ["--set", 'sizes=["small", "full", "video"]']
@@ -140,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     if decode(chosen.out, chosen.quick):
         print("a hardware decoder gives other frames than FFmpeg's software; nothing after it was run.")
         return 1
-    return _run(kernels) or _run(models)
+    return _run(kernels) or _run(models) or _run(generators)
 
 
 def _run(command: list[str]) -> int:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_tables import generation_quality, generation_speed, plot_generation
+from diffusion_tables import equal_time, generation_quality, generation_speed, plot_generation
 from encoder_tables import encoders, equal_flops, plot_streaming, streaming, towers
 from table_format import (
     Row,
@@ -432,7 +432,7 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
     "codecs/signals": codec_signals,
     "codecs/reuse": codec_signals,
     "diffusion/video": generation_quality,
-    "diffusion/euler": generation_quality,
+    "diffusion/equal-time": equal_time,
     "diffusion/image": generation_quality,
     "diffusion/speed": generation_speed,
     "diffusion/wan": generation_speed,
@@ -440,6 +440,7 @@ TABLES: dict[str, Callable[[list[Row], bool], str]] = {
 SCENARIOS = {
     "kernels": "kernels/speed",
     "encoders/equal-flops": "encoders/quality",
+    "diffusion/equal-time": "diffusion/video",
 }  # of tables that are not called as theirs
 
 
@@ -486,7 +487,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, results: Path = 
         drawn = [*plot_quality(results), *plot_quality(results, "encoders/quality")]
         if streams := rows_of("encoders/streaming", results):
             drawn.append(plot_streaming(streams, results / "encoders" / "streaming.png"))
-        for name in ("diffusion/video", "diffusion/euler", "diffusion/image"):
+        for name in ("diffusion/video", "diffusion/image"):
             if found := rows_of(name, results):
                 drawn += plot_generation(found, results / name)
         for path in drawn:

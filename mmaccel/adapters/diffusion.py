@@ -32,16 +32,18 @@ class Layout:
     """How a family of transformers treats the tokens of a latent.
 
     blocks: its block lists, in order. attention: names of a block's attentions among the latent's tokens; readers: of
-    further ones whose keys these are; cross: of those that see the prompt alone. feed_forward: names
-    of its modules that see every token by itself. text: where the prompt's tokens stand among the tokens of these,
-    if they are there. rotary: names that a block's argument with a pair of rotary tables may have; rotary_dim:
-    their token axis, 0 where they have no batch axis (they then turn neighbouring pairs); rotary_text: whether they
-    begin with rows for the prompt. times: arguments of a block that may hold one time embedding a token; apart:
-    those that treat some tokens unlike others. skipped: an attention's argument that says that it does not attend.
-    companion: whether another stream runs along, which needs every step. output: which of a block's outputs are the
-    latent's tokens, None if there is one output only. projections: layers that see the prompt alone. frames_first:
-    a latent is [B, T, C, H, W]; packed: it is [B, N, C]. guidance: whether pipelines compute its branches by a call
-    each or by one batch; prompt_first: the one with the prompt, or class, then leads.
+    further ones whose keys these are; cross: of those that see the prompt alone. feed_forward: names of its modules
+    that see every token by itself; feed_forward_joint: whether these see the prompt's too; parallel: the two layers,
+    both joint, that lie around the feed-forward of a block where it runs beside attention. text: where the prompt's
+    tokens stand among the tokens of attentions, if they are there; alone: attentions that do not see them. rotary:
+    names that a block's argument with a pair of rotary tables may have; rotary_dim: their token axis, 0 where they have
+    no batch axis (they then turn neighbouring pairs); rotary_text: whether they begin with rows for the prompt. times:
+    arguments of a block that may hold one time embedding a token; apart: those that treat some tokens unlike others.
+    skipped: an attention's argument that says that it does not attend. companion: whether another stream runs along,
+    which needs every step. output: which of a block's outputs are the latent's tokens, None if there is one output
+    only. projections: layers that see the prompt alone. frames_first: a latent is [B, T, C, H, W]; packed: it is [B, N,
+    C]. guidance: whether pipelines compute its branches by a call each or by one batch; prompt_first: the one with the
+    prompt, or class, then leads.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
@@ -49,6 +51,9 @@ class Layout:
     cross: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     feed_forward: tuple[str, ...] = ("ff",)
+    feed_forward_joint: bool = False
+    parallel: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     text: Literal["none", "first", "last"] = "none"
     rotary: tuple[str, ...] = ()
     rotary_dim: int = 1
@@ -72,6 +77,7 @@ class Layout:
 
 _NAMES = ("transformer", "transformer_2")
 _CROSS = ("attn2.to_k", "attn2.to_v")
+_PARALLEL = ("proj_mlp", "proj_out")
 _LAYOUTS = {
     "WanTransformer3DModel": Layout(
         blocks=("blocks",), cross=("attn2",), feed_forward=("ffn",), rotary=("rotary_emb",), times=("temb",),
@@ -89,16 +95,18 @@ _LAYOUTS = {
     "HunyuanVideoTransformer3DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="last",
         apart=("token_replace_emb",), rotary=("image_rotary_emb", "freqs_cis"), rotary_dim=0, output=0,
-        guidance="calls",
+        guidance="calls", parallel=_PARALLEL,
     ),
     "CogVideoXTransformer3DModel": Layout(
         text="first", rotary=("image_rotary_emb",), rotary_dim=0, output=0, frames_first=True,
+        feed_forward_joint=True,
     ),
     "FluxTransformer2DModel": Layout(
         blocks=("transformer_blocks", "single_transformer_blocks"), attention=("attn",), text="first",
         rotary=("image_rotary_emb",), rotary_dim=0, rotary_text=True, output=1, guidance="calls", packed=True,
+        parallel=_PARALLEL,
     ),
-    "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), text="last", output=1),
+    "SD3Transformer2DModel": Layout(attention=("attn", "attn2"), alone=("attn2",), text="last", output=1),
     "PixArtTransformer2DModel": Layout(cross=("attn2",), projections=_CROSS),
     "DiTTransformer2DModel": Layout(prompt_first=True),
 }  # fmt: skip

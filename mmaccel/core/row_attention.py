@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmaccel.errors import NotApplicableError
 
-__all__ = ["KeysValues", "RowAttention", "rotated"]
+__all__ = ["KeysValues", "RowAttention", "joint_rows", "rotated"]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -74,6 +74,15 @@ def _fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
+def joint_rows(rows: Tensor, tokens: int, extra: int, text: str) -> Tensor:
+    """Rows int64 [B or 1, m] of `tokens` tokens as rows of these and `extra` of the prompt, all of which are taken.
+
+    text: where these stand, "first" or "last".
+    """
+    prompt = torch.arange(extra, device=rows.device).expand(rows.shape[0], extra)
+    return torch.cat([prompt, rows + extra] if text == "first" else [rows, prompt + tokens], 1)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring pairs of x [B, heads, S, d] by tables [B, S, d], computed in float32 (RoFormer, 2021)."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -122,9 +131,7 @@ class RowAttention(TorchFunctionMode):
         """A mask that broadcasts to [B, heads, N + extra, N + extra], for the queries and keys that there are."""
         if mask is None or self.rows is None:
             return mask
-        text = torch.arange(extra, device=self.rows.device).expand(self.rows.shape[0], extra)
-        first = self.text == "first"
-        places = torch.cat([text, self.rows + extra] if first else [self.rows, text + self.tokens], 1)[:, None]
+        places = joint_rows(self.rows, self.tokens, extra, self.text)[:, None]
         while mask.ndim < 4:
             mask = mask[None]
         for axis, length in ((2, queries), (3, keys)):

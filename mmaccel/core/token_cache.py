@@ -5,93 +5,43 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmaccel.core.cached_modules import Module, cached_modules
 from mmaccel.core.denoising import Call, Denoising
-from mmaccel.core.flops import linear_weights
+from mmaccel.core.module_call import ModuleCall
 from mmaccel.core.patching import Patcher
-from mmaccel.core.row_attention import KeysValues, RowAttention
+from mmaccel.core.row_attention import KeysValues
 from mmaccel.core.token_choice import Signals, TokenChoice
 from mmaccel.core.token_rows import put_rows, take_rows, token_grid
 from mmaccel.errors import NonFiniteError, NotApplicableError
 from mmaccel.report import Report
 from mmaccel.tokens.levels import LevelPlan
 
-__all__ = ["Entry", "Module", "Now", "TokenCache", "cached_modules"]
-
-
-@dataclass(frozen=True)
-class Module:
-    """One attention or feed-forward of a block: its layer, its kind, and the width of its attention."""
-
-    name: str
-    layer: int
-    kind: str
-    module: Any
-    width: int
-
-    def work(self, rows: int, tokens: int, text: int) -> float:
-        """Multiply-adds of `rows` of `tokens`; `text` is how many keys of a prompt a cross-attention has."""
-        if not rows:
-            return 0.0
-        weights = linear_weights(self.module)
-        if self.kind == "mlp":
-            return float(rows * weights)
-        if self.kind == "self-attention":
-            return float(rows * (weights + 2 * tokens * self.width))
-        # queries and outputs belong to tokens, keys and values to the prompt
-        return float((rows + text) * weights / 2 + 2 * rows * text * self.width)
-
-
-def cached_modules(site: Any, transformer: Any) -> list[Module]:
-    """What can be cached of a transformer, in the order in which it runs.
-
-    Raises:
-        NotApplicableError: its blocks have other modules, or their attention mixes the prompt with the tokens.
-    """
-    layout = site.layout
-    if layout.text != "none":
-        raise NotApplicableError(
-            f"the self-attentions of {site.family} hold the prompt's tokens beside the latent's, and their outputs "
-            "cannot be cached by token; use hsa or first-block-cache."
-        )
-    if layout.companion:
-        raise NotApplicableError(
-            f"{site.family} has another stream beside the latent's, which needs all of its tokens."
-        )
-    config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    kinds = {"self-attention": layout.attention, "cross-attention": layout.cross, "mlp": layout.feed_forward}
-    found = [
-        Module(f"{name}.{attribute}", layer, kind, getattr(block, attribute), width)
-        for layer, (name, block) in enumerate(site.blocks(transformer).items())
-        for kind, attributes in kinds.items()
-        for attribute in attributes
-        if getattr(block, attribute, None) is not None
-    ]
-    if not found:
-        raise NotApplicableError(f"{site.family} has no attention or feed-forward that can be cached.")
-    return found
+__all__ = ["Entry", "Now", "TokenCache"]
 
 
 @dataclass
 class Entry:
-    """What is held of one module: its output [B, N, D], since when [B, N, 1], how it changes, its keys and values."""
+    """What is held of one module: its output [B, N, D], since when [B, N, 1], how it changes, its keys and values.
+
+    prompt: the same of the prompt's tokens, all computed at one time, where they go through the module.
+    """
 
     output: Tensor
     since: Tensor
     slope: Tensor | None = None
     kept: KeysValues | None = None
+    prompt: Entry | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory held, in bytes."""
-        parts = (self.output, self.since, self.slope, self.kept)
+        parts = (self.output, self.since, self.slope, self.kept, self.prompt)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -124,6 +74,7 @@ class TokenCache:
     `plan(steps, layers)` makes one for each run. At a level in between, the tokens that ask most for it are gathered,
     computed and written back. A self-attention then makes queries, keys and values of these tokens only, and they see
     the last keys and values of the others: its work falls with their number, and two more tensors a layer are held.
+    Tokens of the prompt that go through a module are computed whenever any of the latent's are.
     All branches of guidance compute the same tokens. Where nothing is held a module is computed whole, whatever the
     plan says. order: 0 gives held outputs as they are, 1 carries them on along their last change.
     """
@@ -204,24 +155,27 @@ class TokenCache:
 
     def _around_module(self, module: Module, *, first: bool) -> Callable[..., Any]:
         signature = inspect.signature(type(module.module).forward)
+        # what attentions pass on to their processors, rotary tables among it
+        passed = [entry.name for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
 
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
             now = self._now
             if now is None:
                 return call(*args, **kwargs)
             bound = signature.bind(module.module, *args, **kwargs)
-            states = bound.arguments["hidden_states"]
-            if states.ndim != 3 or states.shape[1] != now.tokens:
+            asked = ModuleCall(module, call, bound, passed, self.site.layout, now.tokens)
+            if asked.states.ndim != 3 or asked.beside not in (0, now.text if module.joint else 0):
                 raise NotApplicableError(
-                    f"{self.name}: {module.name} was given {tuple(states.shape)} where {now.tokens} tokens were "
+                    f"{self.name}: {module.name} was given {tuple(asked.states.shape)} where {now.tokens} tokens were "
                     "expected; switch feed-forward chunking and other token reducers off."
                 )
-            return self._module(now, module, call, bound, states, first=first)
+            return self._module(now, asked, first=first)
 
         return around
 
-    def _module(self, now: Now, module: Module, call: Any, bound: Any, states: Tensor, *, first: bool) -> Tensor:
-        entry = now.entries.get(module.name)
+    def _module(self, now: Now, asked: ModuleCall, *, first: bool) -> Any:
+        module, states = asked.module, asked.latent
+        entry = now.entries.get(module.feeds or module.name)
         place = now.at.step, module.layer, module.kind
         count = now.plan.rows(*place, now.tokens) if entry is not None else now.tokens
         now.spent += states.shape[0] * module.work(count, now.tokens, now.text)
@@ -229,16 +183,24 @@ class TokenCache:
         self.report.count(self.name, module.kind, now.tokens, count)
         key = self._look(now, module, states, count, first=first)
         if entry is None or count == now.tokens:
-            return self._whole(now, module, call, bound, entry)
+            return asked.whole() if module.feeds else self._whole(now, asked, entry)
+        rows = now.choice.rows(key, count, states.shape[0]) if count else None
+        if module.feeds:  # nobody looks at the rows that are left out
+            return asked.some_alone(rows)
         held = self._held(entry, now.time)
-        if not count:
-            return held
-        rows = now.choice.rows(key, count, states.shape[0])
-        return self._renew(entry, held, rows, self._some(now, module, call, bound, states, entry, rows), now.time)
+        if rows is None:
+            prompt = None if entry.prompt is None else self._held(entry.prompt, now.time)
+            return asked.joined(held, prompt)
+        output, prompt = asked.some(rows, entry.kept)
+        if prompt is not None:
+            entry.prompt = self._fresh(now, prompt, entry.prompt)
+        return asked.joined(self._renew(entry, held, rows, output, now.time), prompt)
 
     def _look(self, now: Now, module: Module, states: Tensor, count: int, *, first: bool) -> str:
         """Rank tokens where it is this module's turn; returns under which key."""
         if self.signals.by_module:
+            if module.fed:
+                return module.fed
             if now.at.branch == 0 and now.plan.partial_ahead(-1, module.layer, module.kind, first=False):
                 now.choice.look(module.name, states, count)
             return module.name
@@ -248,39 +210,34 @@ class TokenCache:
             now.choice.look("", states, max(*counts, count), rank=partial)
         return ""
 
-    def _whole(self, now: Now, module: Module, call: Any, bound: Any, before: Entry | None) -> Tensor:
-        args, kwargs = bound.args[1:], bound.kwargs
+    def _whole(self, now: Now, asked: ModuleCall, before: Entry | None) -> Any:
+        module = asked.module
         place = now.at.step, module.layer, module.kind
         now.entries.pop(module.name, None)
         if not now.plan.ahead(*place, later=self.order > 0):
-            return call(*args, **kwargs)
+            return asked.whole()
         kept = KeysValues() if module.kind == "self-attention" and now.plan.partial_ahead(*place) else None
-        with RowAttention(kept, None, now.tokens, "none") if kept is not None else nullcontext():
-            output = call(*args, **kwargs)
-        since = torch.full((output.shape[0], now.tokens, 1), now.time, device=output.device)
+        given = asked.whole(kept)
+        output, prompt = asked.parted(given)
+        entry = self._fresh(now, output, before)
+        entry.kept = kept
+        if prompt is not None:
+            entry.prompt = self._fresh(now, prompt, None if before is None else before.prompt)
+        now.entries[module.name] = entry
+        return given
+
+    def _fresh(self, now: Now, output: Tensor, before: Entry | None) -> Entry:
+        """An entry of tokens that were all computed now."""
+        since = torch.full((*output.shape[:2], 1), now.time, device=output.device)
         slope = None
         if self.order and before is not None:
             slope = (output - before.output) / _gap(since - before.since).to(output.dtype)
-        now.entries[module.name] = Entry(output, since, slope, kept)
-        return output
+        return Entry(output, since, slope)
 
     def _held(self, entry: Entry, time: float) -> Tensor:
         if entry.slope is None:
             return entry.output
         return entry.output + entry.slope * (time - entry.since).to(entry.output.dtype)
-
-    def _some(
-        self, now: Now, module: Module, call: Any, bound: Any, states: Tensor, entry: Entry, rows: Tensor
-    ) -> Tensor:
-        given = bound.arguments
-        given["hidden_states"] = take_rows(states, rows, 1)
-        if module.kind != "self-attention":
-            return call(*bound.args[1:], **bound.kwargs)
-        for name in self.site.layout.rotary:
-            if given.get(name) is not None:
-                given[name] = tuple(take_rows(table, rows, self.site.layout.rotary_dim) for table in given[name])
-        with RowAttention(entry.kept, rows, now.tokens, "none"):
-            return call(*bound.args[1:], **bound.kwargs)
 
     def _renew(self, entry: Entry, held: Tensor, rows: Tensor, output: Tensor, time: float) -> Tensor:
         """Write what was computed into what is held; tensors that were given away do not change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,16 +55,18 @@ class VelocityRecord:
         if self._scheduler is not None and self._scheduler() is not self.site.scheduler:
             raise ConflictError("the pipeline's scheduler was replaced; remove the handle and accelerate it again.")
 
-    def _around(self, call: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _around(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         scheduler = self._scheduler()
+        # schedulers that look back at their last prediction take it before the timestep
+        given = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments
         table = scheduler.timesteps
         if table is not self._table:
             self._table = table
             self._found.clear()
         steps = len(table)
         if self.wanted(steps):
-            self._found.append((float(timestep), self._thinned(model_output)))
-        result = call(model_output, timestep, sample, *args, **kwargs)
+            self._found.append((float(given["timestep"]), self._thinned(given["model_output"])))
+        result = call(*args, **kwargs)
         if len(self._found) == steps:
             measured = self._measured(scheduler)
             self._found.clear()

@@ -30,7 +30,7 @@ def cache_touches(method: str, target: Target) -> list[Touch]:
     Raises:
         NotApplicableError: the transformer stands alone, or has nothing that can be cached by token.
     """
-    from mmaccel.core.token_cache import cached_modules
+    from mmaccel.core.cached_modules import cached_modules
 
     site = target.site
     if site.pipeline is None:

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mmaccel.core.cached_modules import Module
+from mmaccel.core.module_call import ModuleCall
 from mmaccel.core.patching import Patcher
-from mmaccel.core.token_cache import Entry, Module, Now, TokenCache
+from mmaccel.core.token_cache import Entry, Now, TokenCache
+from mmaccel.errors import NotApplicableError
 from mmaccel.report import Report
 from mmaccel.tiny.progress import load_progress, save_progress
 from mmaccel.tokens.levels import LevelPlan, cheapest_levels, rows_of_level
@@ -75,14 +78,19 @@ class SoftTokenCache(TokenCache):
             now.choice.look("", states, max(*now.plan.counts(now.at.step, now.tokens), count))
         return ""
 
-    def _module(self, now: Now, module: Module, call: Any, bound: Any, states: Tensor, *, first: bool) -> Tensor:
+    def _module(self, now: Now, asked: ModuleCall, *, first: bool) -> Tensor:
+        module, states = asked.module, asked.latent
+        if module.joint:
+            raise NotApplicableError(
+                f"{module.name} sees the prompt's tokens as well; schedules of such are not trained."
+            )
         entry = now.entries.get(module.name)
         count = now.plan.rows(now.at.step, module.layer, module.kind, now.tokens) if entry is not None else now.tokens
         self._look(now, module, states, count, first=first)
         weight = None if entry is None else self._weight(now, module, states.shape[0])
         old = self._keys.get(module.name) if entry is not None else None
         with _Blend(old, weight) as blend:
-            fresh = call(*bound.args[1:], **bound.kwargs)
+            fresh = asked.whole()
         if module.kind == "self-attention":
             self._keys[module.name] = blend.seen  # type: ignore[assignment]
         time = torch.full((states.shape[0], now.tokens, 1), now.time)

@@ -45,10 +45,10 @@ def computed(pipe, monkeypatch, **more):
     found: dict = {}
     whole = TokenCache._module
 
-    def spy(self, now, module, call, bound, states, **rest):
-        before = now.spent
-        output = whole(self, now, module, call, bound, states, **rest)
-        spent = (now.spent - before) / states.shape[0]
+    def spy(self, now, asked, **rest):
+        before, module = now.spent, asked.module
+        output = whole(self, now, asked, **rest)
+        spent = (now.spent - before) / asked.states.shape[0]
         rows = [n for n in range(now.tokens + 1) if module.work(n, now.tokens, now.text) == spent]
         found.setdefault((now.at.step, module.layer, module.kind), (rows[0], now.tokens))
         return output

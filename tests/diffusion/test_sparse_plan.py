@@ -129,15 +129,6 @@ def test_costs_that_cannot_be_reached_and_misuse_are_refused():
         pipe.scheduler = library.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
         with pytest.raises(ConflictError, match="scheduler was replaced"):
             wan(pipe, steps=12)
-    flux = library.FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), in_channels=4,
-    )  # fmt: skip
-    scheduler = library.FlowMatchEulerDiscreteScheduler()
-    flux_pipe = library.FluxPipeline(scheduler, None, None, None, None, None, flux)
-    with pytest.raises(NotApplicableError, match="sparse-plan: the self-attentions of FluxTransformer2DModel hold"):
-        mmaccel.accelerate(flux_pipe, "sparse-plan")
-    assert not vars(flux).get("_mmaccel_layers")
 
 
 def test_it_works_with_offloaded_models_and_beside_another_pipeline():

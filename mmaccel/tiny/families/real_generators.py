@@ -160,7 +160,7 @@ def build_generator(
     _cast(transformer, dtype)
     allocate(transformer, device)
     randomise(transformer, seed=seed)
-    pipe = model.pipeline(library, transformer.eval())
+    pipe = model.pipeline(library, transformer.eval()).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
