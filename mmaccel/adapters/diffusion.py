@@ -144,6 +144,12 @@ class Diffusion:
         Raises:
             AdapterError: nothing is known of the family.
         """
+        if hasattr(self.transformer, "_orig_mod"):
+            raise AdapterError(
+                "torch.compile has put a module of its own in place of the transformer; put the original back "
+                "(pipe.transformer = pipe.transformer._orig_mod) and compile in place behind accelerate "
+                "(pipe.transformer.compile())."
+            )
         if self.family not in _LAYOUTS:
             raise AdapterError(f"no token layout is known for {self.family}; known are {', '.join(_LAYOUTS)}.")
         layout = _LAYOUTS[self.family]
