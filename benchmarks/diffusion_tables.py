@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from table_format import Row, machine_of, mark, markdown, percent, points, seconds_text
 
 from mmaccel.measure import Point, pareto_plot
+from mmaccel.measure.run_generation_quality import SETTLING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +49,7 @@ def generation_quality(rows: list[Row], everything: bool) -> str:
         f"{thing}; PSNR: of the pixels to the dense ones, mean; features: cosine distance of the video-QA model's "
         "visual tokens; read back: questions that the video-QA model answers as the prompt says; over dense: points, "
         f"95 % intervals draw {thing}; memory: peak of the process above what it held before, at a "
-        f"batch of 4. FLOPs and memory: of one untimed call. * baseline.{''.join(out)} {machine_of(one)}"
+        f"batch of {SETTLING}. FLOPs and memory: of one untimed call. * baseline.{''.join(out)} {machine_of(one)}"
     )
     return markdown(heads, lines, caption) + "\n" + equal_time(rows, True)
 

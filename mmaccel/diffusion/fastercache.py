@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, one_batch
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, one_batch
+from mmaccel.diffusion.diffusers_hooks import Installed
 from mmaccel.errors import AdapterError, NotApplicableError
 from mmaccel.method import Info, Stage, knob
 

@@ -7,8 +7,9 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, known_blocks
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache
 from mmaccel.diffusion.diffusers_caches import count_steps as count
+from mmaccel.diffusion.diffusers_hooks import Installed, known_blocks
 from mmaccel.errors import MethodError, NotApplicableError
 from mmaccel.method import Info, Stage, knob
 

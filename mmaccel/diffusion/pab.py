@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed, one_batch
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, one_batch
+from mmaccel.diffusion.diffusers_hooks import Installed
 from mmaccel.errors import MethodError
 from mmaccel.method import Info, Stage, knob
 

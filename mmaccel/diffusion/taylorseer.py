@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, blocks
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache
+from mmaccel.diffusion.diffusers_hooks import blocks
 from mmaccel.method import Info, Stage, knob
 
 

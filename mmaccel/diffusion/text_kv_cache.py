@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache, Installed
+from mmaccel.diffusion.diffusers_caches import STEPS, Clock, DiffusersCache
+from mmaccel.diffusion.diffusers_hooks import Installed
 from mmaccel.errors import NotApplicableError
 from mmaccel.method import Info, Stage
 

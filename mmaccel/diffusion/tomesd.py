@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mmaccel.diffusion.diffusers_caches import TOKENS, holding
+from mmaccel.diffusion.diffusers_caches import TOKENS
+from mmaccel.diffusion.diffusers_hooks import holding
 from mmaccel.errors import AdapterError, ConflictError, NotApplicableError
 from mmaccel.method import Info, Method, Stage, Touch, knob
 

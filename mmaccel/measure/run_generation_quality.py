@@ -27,7 +27,7 @@ __all__ = ["GenerationQualityOptions", "run"]
 
 POOLED = "all"
 BEST_PSNR = 100.0
-SETTLING = 4
+SETTLING = 2
 _SCHEDULERS = ("own", "euler")
 
 

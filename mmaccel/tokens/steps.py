@@ -16,7 +16,7 @@ __all__ = ["Plan", "SpreadPlan", "StepPlan", "smallest_runtime", "spread_plan", 
 
 _FEWEST, _DISTILLED = 3, 6
 _LARGEST_GAP = 16
-_RISE, _FALL = 1.0, 5.0
+_FALL = 5.0
 
 
 class Plan(Protocol):
@@ -104,8 +104,10 @@ def _even(steps: int, whole: int) -> list[int]:
 
 def _early(steps: int, whole: int) -> list[int]:
     """From the first step to the last one, closer at the beginning."""
-    # density of whole steps at a share x of the run: 1 + _RISE * exp(-_FALL * x), and its integral
-    covered = [x + _RISE / _FALL * (1 - math.exp(-_FALL * x)) for x in (step / steps for step in range(steps))]
+    # short gaps cannot become much shorter: one and two in turn came out further from dense than two throughout
+    rise = min(1.0, max(0.5, ((steps - 1) / (whole - 1) - 1) / 2))
+    # density of whole steps at a share x of the run: 1 + rise * exp(-_FALL * x), and its integral
+    covered = [x + rise / _FALL * (1 - math.exp(-_FALL * x)) for x in (step / steps for step in range(steps))]
     wanted = [index * covered[-1] / (whole - 1) for index in range(whole)]
     turns = [0]
     for index in range(1, whole):

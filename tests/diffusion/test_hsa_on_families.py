@@ -297,3 +297,20 @@ def test_sound_always_hears_all_of_the_picture(divisors):
     assert {pair[1] for pair in sound} > {family.tokens}
     assert {pair for pair in ours.seen if pair[0] in {queries for queries, _ in sound}} == sound
     assert {keys for queries, keys in ours.seen if queries < family.tokens} <= {pair[1] for pair in dense.seen}
+
+
+def test_a_transformer_compiled_in_place_works_and_a_replaced_one_is_told_how():
+    family = FAMILIES["wan_image"]
+    pipe, twin = family.build(), family.build()
+    with mmaccel.accelerate(twin, "hsa:runtime=0.5"):
+        expected = family.call(twin, steps=STEPS)
+    original = pipe.transformer
+    pipe.transformer = torch.compile(original, backend="eager")
+    with pytest.raises(NotApplicableError, match="compile in place behind accelerate"):
+        mmaccel.accelerate(pipe, "hsa:runtime=0.5")
+    pipe.transformer = original
+    with mmaccel.accelerate(pipe, "hsa:runtime=0.5"):
+        pipe.transformer.compile(backend="eager")
+        assert torch.allclose(family.call(pipe, steps=STEPS), expected, atol=1e-4)
+    dense = family.call(family.build(), steps=STEPS)
+    assert torch.allclose(family.call(pipe, steps=STEPS), dense, atol=1e-4)
