@@ -114,6 +114,7 @@ class ToMe(Method):
             counts = []
             for count in [*listed, *[0] * (blocks - len(listed))]:
                 counts.append(min(count, (n - sum(counts)) // 2))
+            self._tell_capped(sum(listed), sum(counts), n, report)
             return counts
         assert not isinstance(self.r, (str, tuple))
         total = n - resolve_keep(self.keep, n) if self.r is None else self.r * blocks
@@ -126,7 +127,16 @@ class ToMe(Method):
                 f"tome: keep={self.keep} asks for {n - total} of {n} patches, and {blocks} blocks that merge at most "
                 f"half of theirs leave {n - total + missing}"
             )
+        if self.r is not None:
+            self._tell_capped(total, sum(counts), n, report)
         return counts
+
+    def _tell_capped(self, asked: int, merged: int, n: int, report: Report | None) -> None:
+        if report is not None and merged < asked:
+            report.note(
+                f"tome: r={self.r} asks for {asked} merges of {n} patches, and blocks that merge at most half of theirs "
+                f"make {merged}"
+            )
 
     def plan(self, target: Target) -> list[Touch]:
         """The encoder and its blocks up to the last whose output is used.

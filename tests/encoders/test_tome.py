@@ -350,6 +350,21 @@ def test_tokens_behind_each_block(knobs, left):
     assert len(asked) == (knobs == {"keep": 0.01})
 
 
+@pytest.mark.parametrize(
+    ("r", "asked", "made"), [(30, 120, 60), ("40/8", 48, 40), (16, 64, 56), (8, 32, None), ("8/8", 16, None)]
+)
+def test_merges_that_halving_forbids_are_noted(r, asked, made):
+    """Four blocks of 64 patches, each of which merges at most half of what is left."""
+    net = vit().eval()
+    with torch.no_grad(), mmaccel.accelerate(net, ToMe(r=r)) as handle:
+        net(images())
+    notes = [note for note in handle.report().notes if "merges of 64 patches" in note]
+    assert len(notes) == (made is not None)
+    if made is not None:
+        assert f"r={r} asks for {asked} merges" in notes[0]
+        assert notes[0].endswith(f"make {made}")
+
+
 def test_sizes_sum_to_the_patches_and_the_class_token_stays_alone(monkeypatch):
     net = vit(reg_tokens=2).eval()
     with torch.no_grad(), mmaccel.accelerate(net, ToMe(r=14)), biases(monkeypatch) as seen:
