@@ -64,7 +64,8 @@ def equal_time(rows: list[Row], everything: bool) -> str:
             pairs.setdefault((row["spec"], row["rival"]), {})[row["metric"]] = row
     lines = []
     for (spec, rival), found in pairs.items():
-        latents, psnr = found["latents"], found["psnr"]
+        latents, over = found["latents"], found["psnr"]["over"]
+        no_psnr = "dense" in (found["psnr"]["between"] or [])
         if latents["over"] is None:
             fast = latents["fastest"]
             told = [
@@ -79,8 +80,8 @@ def equal_time(rows: list[Row], everything: bool) -> str:
                 " to ".join(f"`{name}`" for name in latents["between"]),
                 f"{latents['theirs']:.4f}",
                 f"{latents['over']['value']:+.4f} [{latents['over']['low']:+.4f}, {latents['over']['high']:+.4f}]",
-                f"{psnr['over']['value']:+.1f} [{psnr['over']['low']:+.1f}, {psnr['over']['high']:+.1f}] dB",
-                _verdict(latents["over"], psnr["over"]),
+                "" if no_psnr else f"{over['value']:+.1f} [{over['low']:+.1f}, {over['high']:+.1f}] dB",
+                _who(latents["over"], True) + ("" if no_psnr else f" / {_who(over, False)}"),
             ]
         lines.append([f"`{spec}`", percent(latents["time"]), f"{latents['ours']:.4f}", f"`{rival}`", *told])
     heads = [
@@ -100,18 +101,17 @@ def equal_time(rows: list[Row], everything: bool) -> str:
         "curve beside our time, dense being its last: distances mix by the geometric mean, which favours the rival; "
         "differences are paired, "
         f"95 % intervals draw {thing}. Nearer to dense: by the mean distance of the latents / by PSNR, "
-        f"or open where the interval holds zero. {machine_of(rows[0])}"
+        "or open where the interval holds zero; no PSNR where a rival is mixed with dense, whose own is infinite. "
+        f"{machine_of(rows[0])}"
     )
     return markdown(heads, lines, caption)
 
 
-def _verdict(latents: Row, psnr: Row) -> str:
-    def who(low: float, high: float, small: bool) -> str:
-        if low <= 0 <= high:
-            return "open"
-        return "ours" if (high < 0) == small else "rival"
-
-    return f"{who(latents['low'], latents['high'], True)} / {who(psnr['low'], psnr['high'], False)}"
+def _who(over: Row, small: bool) -> str:
+    """Who is nearer to dense by a difference that is to be small, or large."""
+    if over["low"] <= 0 <= over["high"]:
+        return "open"
+    return "ours" if (over["high"] < 0) == small else "rival"
 
 
 def generation_speed(rows: list[Row], _everything: bool) -> str:
