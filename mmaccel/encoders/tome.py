@@ -134,8 +134,8 @@ class ToMe(Method):
     def _tell_capped(self, asked: int, merged: int, n: int, report: Report | None) -> None:
         if report is not None and merged < asked:
             report.note(
-                f"tome: r={self.r} asks for {asked} merges of {n} patches, and blocks that merge at most half of theirs "
-                f"make {merged}"
+                f"tome: r={self.r} asks for {asked} merges of {n} patches, and blocks that merge at most half of "
+                f"theirs make {merged}"
             )
 
     def plan(self, target: Target) -> list[Touch]:
