@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmaccel.measure.generation_settings import method_name
+from mmaccel.measure.pareto import Point, frontier
 from mmaccel.measure.quality import bootstrap_difference
 from mmaccel.measure.stages import DENSE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["compared", "pareto"]
 
@@ -20,11 +21,7 @@ Values = dict[str, list[float]]
 
 def pareto(times: Mapping[str, float], errors: Mapping[str, float]) -> list[str]:
     """The settings that no other one beats in both time and mean error, by rising time; both are to be small."""
-    best: list[str] = []
-    for spec in sorted(times, key=lambda spec: (times[spec], errors[spec])):
-        if not best or errors[spec] < errors[best[-1]]:
-            best.append(spec)
-    return best
+    return [point.method for point in frontier([Point(spec, times[spec], -errors[spec]) for spec in times])]
 
 
 def compared(
@@ -43,19 +40,18 @@ def compared(
         if spec != DENSE and method_name(spec) not in ours:
             rivals.setdefault(method_name(spec), []).append(spec)
     return [
-        row
+        _against(spec, rival, settings, kind, times, values, samples)
         for spec in times
         if method_name(spec) in ours
         for rival, settings in rivals.items()
         for kind in ("latents", "psnr")
-        for row in _against(spec, rival, settings, kind, times, values, samples)
     ]
 
 
 def _against(
     spec: str, rival: str, settings: Sequence[str], kind: str, times: Mapping[str, float],
     values: Mapping[str, Values], samples: int,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     sign = 1.0 if kind == "latents" else -1.0
     chosen = [*settings, DENSE]
     mean = {name: sign * float(np.mean(values[name][kind])) for name in chosen}
@@ -79,7 +75,7 @@ def _against(
             theirs = _mixed(kind, np.asarray(values[low][kind]), np.asarray(values[high][kind]), share)
         row |= {"theirs": float(theirs.mean()), "between": beside}
         row["over"] = bootstrap_difference(own, theirs, samples=samples).as_dict()
-    yield row
+    return row
 
 
 def _mixed(kind: str, cheap: np.ndarray, dear: np.ndarray, share: float) -> np.ndarray:
